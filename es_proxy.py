@@ -113,7 +113,6 @@ import errno
 import fcntl
 import hashlib
 import http.client
-import ipaddress
 import json
 import mmap
 import os
@@ -132,7 +131,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, NoReturn, Protocol, Union
+from typing import IO, NoReturn, Protocol
 
 # == Constants ==================================================================================================
 # What is fixed: sizes in bytes and times in seconds, the unit in each name, with whose precedent it follows.
@@ -145,12 +144,12 @@ MIB = 1024 * KIB
 
 RECEIVE_BYTES = 64 * KIB  # One read: a whole small request with its body, and four full TLS records.
 RELAY_BYTES = 256 * KIB  # One read of a large body: beyond this fewer calls no longer pay (measured 35 ms per 100 MB).
-SEND_JOIN_BYTES = 64 * KIB  # A head and a body up to this are joined to go out in one call; above it copying costs more.
+SEND_JOIN_BYTES = 64 * KIB  # A head and a body up to this go out in one call; beyond it copying costs more.
 RECEIVES_PER_TURN = 32  # An upload faster than us yields its thread after 2 MiB, so that others get theirs.
 REJECTED_BODY_BYTES = 16 * KIB  # How much of a refused request its record keeps: a whole header section.
 
 LISTEN_BACKLOG = 1024  # socketserver's 5 refuses bursts; the kernel cuts this to net.core.somaxconn.
-OVERFLOW_CONNECTIONS = 64  # Beyond --max-connections this many are let in to be told so (503); the rest wait in the backlog.
+OVERFLOW_CONNECTIONS = 64  # Beyond --max-connections so many are let in to be told (503); the rest wait outside.
 SPARE_FILES = 64  # Descriptors kept back from connections: log, listener, poller, interpreter, name resolution.
 THREADS_AT_START = 8  # Measured best against a fast upstream: 8 to 16; more only add switches between threads.
 THREAD_IDLE_SECONDS = 10.0  # An extra worker thread leaves after this long without work.
@@ -166,8 +165,8 @@ DEFAULT_CERT = "/usr/local/tls/cert_wildcard.pem"
 DEFAULT_KEY = "/usr/local/tls/keys/cert_wildcard_key.pem"
 TLS_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"  # Mozilla "intermediate" for TLS 1.2; TLS 1.3 brings its own.
 
-Buffer = Union[bytes, bytearray, memoryview]
-WireBody = Union[bytes, mmap.mmap]
+Buffer = bytes | bytearray | memoryview
+WireBody = bytes | mmap.mmap
 
 # == Errors =====================================================================================================
 # Everything that can go wrong on the way of a request, as one tree, and how an operator is told. Each error has the
@@ -178,7 +177,7 @@ WireBody = Union[bytes, mmap.mmap]
 #     OverloadError        503: no room, no thread, no time
 #     AuditError           503: the record can't be written, so nothing is forwarded (500 once the upstream has acted)
 #     UpstreamError        502 or 504: the upstream can't be reached, or doesn't speak HTTP/1.1
-#     ClientGone           the client left; 499 stands in the record only, nobody is there to read it
+#     ClientGoneError           the client left; 499 stands in the record only, nobody is there to read it
 #     InternalError        500: a bug of ours, still answered and recorded
 #   StartError             not on the way of a request: nothing can be served, exit status 2
 
@@ -220,7 +219,7 @@ class UpstreamError(ProxyError):
     status = 502
 
 
-class ClientGone(ProxyError):
+class ClientGoneError(ProxyError):
     """The client left before its response was complete."""
 
     status = 499  # nginx's number for it
@@ -244,7 +243,7 @@ def say(text: str) -> None:
 
 
 class Notice:
-    """Something that may happen often and is said rarely: once in `interval_seconds`, with how often it happened since."""
+    """Something that may happen often and is said rarely: once in `interval_seconds`, with how often since."""
 
     def __init__(self, interval_seconds: float) -> None:
         self._interval_seconds = interval_seconds
@@ -270,7 +269,7 @@ class Notice:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds on what peers may do; times in seconds, sizes in bytes. Not options: tests shrink them, operators don't."""
+    """Bounds on what peers may do, in seconds and bytes. Not options: tests shrink them, operators don't."""
 
     request_line_bytes: int = 8 * KIB  # RFC 9112 3 asks for at least 8000; Elasticsearch itself takes 4 kB. More: 414.
     request_head_bytes: int = 16 * KIB  # Header section; Elasticsearch's http.max_header_size is 16 kB. More: 431.
@@ -280,15 +279,15 @@ class Limits:
     interim_responses: int = 32  # 1xx in front of one response. More: 502.
     head_seconds: float = 20.0  # Whole head, TLS handshake included, from the first byte (Apache's RequestReadTimeout).
     body_silence_seconds: float = 60.0  # Silence inside a body (nginx's client_body_timeout). More: 408.
-    body_rate_bytes: float = 500.0  # Bytes per second a body must average after body_silence_seconds (Apache's MinRate).
+    body_rate_bytes: float = 500.0  # Bytes/s a body must average after body_silence_seconds (Apache's MinRate).
     write_stall_seconds: float = 60.0  # A client that takes nothing for this long is let go (nginx's send_timeout).
     write_rate_bytes: float = 4.0 * KIB  # Bytes per second a client must take on average, after write_grace_seconds:
     write_grace_seconds: float = 30.0  # a slow reader holds a thread.
     keepalive_seconds: float = 75.0  # Idle between requests (nginx's keepalive_timeout).
-    linger_seconds: float = 5.0  # After an error, reading on so that the client can read it (nginx's lingering_timeout).
-    queue_seconds: float = 30.0  # A ready request that found no thread for this long gets 503 (HAProxy's timeout queue).
+    linger_seconds: float = 5.0  # Reading on after an error, so that it arrives (nginx's lingering_timeout).
+    queue_seconds: float = 30.0  # Ready, but no thread for this long: 503 (HAProxy's timeout queue).
     memory_body_bytes: int = MIB  # A request body up to this stays in memory, beyond it goes to a temporary file.
-    memory_total_bytes: int = 64 * MIB  # All unfinished bodies in memory together; beyond it even small ones go to files.
+    memory_total_bytes: int = 64 * MIB  # All unfinished bodies together; beyond it even small ones go to files.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +392,7 @@ class Body:
         self._taken = 0
 
     def append(self, piece: Buffer) -> None:
-        """Add bytes that are still needed after the caller's buffer is gone. Raises OverloadError without disk space."""
+        """Add bytes, which must stay as they are. Raises OverloadError when there is no room on disk."""
         count = len(piece)
         if self._file is None:
             if self.size + count <= self._memory_bytes and self._budget.take(count):
@@ -510,7 +509,7 @@ class UntilCloseDecoder:
 
 
 class ChunkedDecoder:
-    """The chunked transfer coding (RFC 9112 7.1), both directions. Extensions and trailer fields are checked, then dropped.
+    """The chunked transfer coding (RFC 9112 7.1). Extensions and trailer fields are checked, then dropped.
 
     `max_bytes` bounds the decoded body: more raises RequestError `body-too-large` with status 413.
     """
@@ -524,7 +523,7 @@ class ChunkedDecoder:
         self._max_bytes = max_bytes
         self._total = 0
         self._remaining = 0
-        self._state = self._size_line
+        self._state: Callable[[bytes, int, list[Buffer]], int] = self._size_line
         self._partial = b""  # The beginning of a line or of the trailer section: never more than its bound.
 
     def decode(self, data: bytes) -> tuple[list[Buffer], bytes]:
@@ -544,7 +543,7 @@ class ChunkedDecoder:
 
     # Each state takes what it can at `position` and returns the position behind it, or -1 for more bytes.
 
-    def _size_line(self, data: bytes, position: int, pieces: list[Buffer]) -> int:
+    def _size_line(self, data: bytes, position: int, _pieces: list[Buffer]) -> int:
         match = _CHUNK_LINE.match(data, position)
         if match is None:
             return self._incomplete_size_line(data, position)
@@ -575,7 +574,7 @@ class ChunkedDecoder:
             self._state = self._data_end
         return position + len(piece)
 
-    def _data_end(self, data: bytes, position: int, pieces: list[Buffer]) -> int:
+    def _data_end(self, data: bytes, position: int, _pieces: list[Buffer]) -> int:
         end = data[position : position + 2]
         if end == b"\r\n":
             self._state = self._size_line
@@ -584,7 +583,7 @@ class ChunkedDecoder:
             raise RequestError("bad-chunk", "a chunk's data does not end with CRLF where its size says")
         return -1
 
-    def _trailers(self, data: bytes, position: int, pieces: list[Buffer]) -> int:
+    def _trailers(self, data: bytes, position: int, _pieces: list[Buffer]) -> int:
         match = _FIELD_BLOCK_ONLY.match(data, position)
         section = data[position : match.end()] if match else data[position:]
         if len(section) > self._limits.request_head_bytes or section.count(b"\n") > self._limits.request_fields + 1:
@@ -601,7 +600,7 @@ class ChunkedDecoder:
         return match.end()
 
 
-Decoder = Union[LengthDecoder, ChunkedDecoder, UntilCloseDecoder]
+Decoder = LengthDecoder | ChunkedDecoder | UntilCloseDecoder
 
 
 def too_large(max_bytes: int) -> RequestError:
@@ -925,7 +924,7 @@ class RequestReader:
 
 
 def explain_head(buffer: bytes, check_sizes: Callable[[int, int, int], None]) -> None:
-    """Raise the RequestError that tells what keeps `buffer` from becoming a request's head; return if more bytes can."""
+    """Raise the RequestError that says why `buffer` can't become a request's head; return if more bytes can help."""
     line, end, section = buffer.partition(b"\n")
     check_sizes(len(line) - (line[-1:] == b"\r"), 0, 0)
     if not end:
@@ -1150,14 +1149,14 @@ def response_head(response: Response, framing: bytes | None, connection: bytes) 
 
 def chunk(piece: Buffer) -> bytes:
     """One chunk of a chunked body (RFC 9112 7.1)."""
-    return b"%x\r\n%b\r\n" % (len(piece), piece)
+    return b"".join((b"%x\r\n" % len(piece), piece, b"\r\n"))
 
 
 LAST_CHUNK = b"0\r\n\r\n"
 
 
 def error_response(error: ProxyError, exchange_id: str, head_only: bool, close: bool) -> tuple[bytes, bytes]:
-    """Head and body of a response of our own, in the shape of Elasticsearch's errors, so that clients raise what they know."""
+    """Head and body of a response of our own, in the shape of Elasticsearch's errors: clients raise what they know."""
     cause = {"type": "es_proxy_exception", "reason": error.reason}
     document = {"error": {"root_cause": [cause], **cause, "code": error.code, "audit_id": exchange_id}}
     body = b"" if error.status < 400 else json.dumps({**document, "status": error.status}).encode() + b"\n"
@@ -1223,7 +1222,7 @@ class MemoryBudget:
 
 
 class ParkedStream:
-    """A non-blocking socket that may be left alone for long: reads what is there, writes with patience but not without end.
+    """A non-blocking socket that may be left alone for long: reads what is there, writes with limited patience.
 
     `sent` counts the bytes the kernel has taken. Raises OSError when the connection is broken, TimeoutError when the
     peer takes nothing, or too little, for too long.
@@ -1268,9 +1267,9 @@ class ParkedStream:
         certificate = self._tls.getpeercert() if self._tls is not None else None
         subject = certificate.get("subject", ()) if certificate else ()
         for relative_name in subject:
-            for key, value in relative_name:
-                if key == "commonName":
-                    return str(value).encode()
+            for attribute in relative_name:
+                if attribute[0] == "commonName":
+                    return attribute[1].encode()
         return None
 
     def receive(self) -> bytes | None:
@@ -1279,7 +1278,7 @@ class ParkedStream:
             return self.sock.recv(RECEIVE_BYTES)
         except (BlockingIOError, ssl.SSLWantReadError):
             return None
-        except ssl.SSLEOFError:  # The peer left without close_notify; complete requests have lengths, so nothing is lost.
+        except ssl.SSLEOFError:  # It left without close_notify; requests have lengths, so nothing is mistaken.
             return b""
 
     def pending(self) -> bool:
@@ -1373,7 +1372,7 @@ class WaitingStream:
         return bool(self._poll.poll(0)) or (self._tls is not None and self._tls.pending() > 0)
 
     def receive(self, size: int = RECEIVE_BYTES) -> bytes | None:
-        """What arrives within a slice; None for nothing, empty for the end of the stream. Raises OSError, ssl.SSLError."""
+        """What arrives within a slice; None for nothing, empty for the end of the stream. Raises OSError."""
         try:
             return self.sock.recv(size)
         except (BlockingIOError, TimeoutError):
@@ -1462,7 +1461,8 @@ def presented_chain(sock: ssl.SSLSocket) -> list[bytes]:
     if hasattr(sock, "get_unverified_chain"):  # Python 3.13
         return list(sock.get_unverified_chain())
     der = 2  # _ssl.ENCODING_DER; 3.10 to 3.12 have the method on the inner object only.
-    return [certificate.public_bytes(der) for certificate in sock._sslobj.get_unverified_chain()]  # type: ignore[attr-defined]
+    inner = sock._sslobj  # type: ignore[attr-defined]
+    return [certificate.public_bytes(der) for certificate in inner.get_unverified_chain()]
 
 
 def pinned_context(sock: ssl.SSLSocket, fingerprint: str) -> ssl.SSLContext | None:
@@ -1505,6 +1505,7 @@ STAND_INS = frozenset((b"None", b"anonymous", b"malformed", b"-"))
 _TO_ESCAPE = re.compile(rb"[^!-\[\]-~]|:\Z")  # outside 0x21-0x7E, a backslash, a colon at the end
 _AGENT_TO_ESCAPE = re.compile(rb"[^ -\[\]-~]|:(?= |\Z)|\A | \Z")  # the same, but a space may stay inside
 _ESCAPED = re.compile(rb"\\x([0-9a-f]{2})")
+_BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 _BASE64_STEP = 3 * 64 * KIB  # Base64 makes 4 bytes of 3: a multiple of 3 needs no padding in between.
 
 
@@ -1561,16 +1562,9 @@ def identify(authorization: bytes | None, certificate_name: bytes | None) -> byt
 
 def _base64(text: bytes) -> bytes | None:
     try:
-        return binascii.a2b_base64(text, strict_mode=True) if sys.version_info >= (3, 11) else _base64_310(text)
+        return binascii.a2b_base64(text) if _BASE64.fullmatch(text) else None  # By itself it skips what it can't read.
     except ValueError:
         return None
-
-
-def _base64_310(text: bytes) -> bytes:
-    """a2b_base64 without strict_mode skips what it does not know: ask first."""
-    if not re.fullmatch(rb"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", text):
-        raise ValueError("not Base64")
-    return binascii.a2b_base64(text)
 
 
 def _basic(credentials: bytes) -> bytes | None:
@@ -1801,7 +1795,7 @@ class AuditLog:
         self._write(event_record(time.time(), name, **details))
 
     def request(self, exchange: Exchange, body: Body | None, received: bytes = b"") -> None:
-        """Write the request's record, with `received` as body when it was refused. Raises AuditError."""
+        """Write the request's record, with `received` as body if it could not be read. Raises AuditError."""
         limit = self._body_bytes
         marks = exchange.request_marks
         if body is not None and body.size and not received:
@@ -1866,7 +1860,7 @@ class AuditLog:
                 raise
 
     def _take_back(self, written: int) -> None:
-        """Cut a piece of a line off again; where that can't be done (a pipe), it is closed off before the next record."""
+        """Cut a piece of a line off again; where that can't be done (a pipe), the next record closes it off."""
         try:
             if not self._regular:
                 raise OSError
@@ -1967,7 +1961,7 @@ class UpstreamResponse:
         self._reusable = reusable  # the whole request was sent
 
     def read(self) -> tuple[Buffer, bool]:
-        """The next piece of the body, and whether it is the last. Waits for it. Raises UpstreamError, and what `watch` does."""
+        """Wait for the next piece of the body; True with the last. Raises UpstreamError, and what `watch` raises."""
         reader = self._reader
         pieces = reader.body()
         while not pieces and not reader.complete:
@@ -2067,9 +2061,7 @@ class Upstream:
             raise self._broken(error) from None
         return UpstreamResponse(self, connection, reader, watch, sent_all)
 
-    def _send(
-        self, stream: WaitingStream, head: bytes, request: Request, reader: ResponseReader, watch: Watch
-    ) -> bool:
+    def _send(self, stream: WaitingStream, head: bytes, request: Request, reader: ResponseReader, watch: Watch) -> bool:
         """Send the request; False when the upstream answered, or stopped listening, before it had all of it."""
         for data in _wire(head, request):
             view: Buffer = data
@@ -2091,7 +2083,7 @@ class Upstream:
 
     @staticmethod
     def _answered(stream: WaitingStream, reader: ResponseReader) -> bool:
-        """Whether the answer begins already; takes what is there, which in TLS may be a session ticket and no answer."""
+        """Whether the answer begins already; in TLS what is there may be a session ticket and no answer."""
         if not stream.readable():
             return False
         data = stream.receive()
@@ -2205,10 +2197,11 @@ class Upstream:
         except BaseException:
             connection.close()
             raise
-        connection.auto_open = 0  # type: ignore[attr-defined]
+        connection.auto_open = 0
         sock = connection.sock
         if isinstance(sock, ssl.SSLSocket):
-            sock.suppress_ragged_eofs = False  # A cut-off response must not look like a whole one.
+            # A cut-off response must not look like a whole one.
+            sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         return UpstreamConnection(connection, WaitingStream(sock, config.portable))
 
     def _new_connection(self, context: ssl.SSLContext | None) -> http.client.HTTPConnection:
@@ -2225,6 +2218,7 @@ class Upstream:
 
     def _pin(self, shown: http.client.HTTPConnection, fingerprint: str) -> http.client.HTTPConnection:
         """Make the certificate with the fingerprint the only authority, and connect again under it."""
+        assert isinstance(shown.sock, ssl.SSLSocket)
         pinned = pinned_context(shown.sock, fingerprint)
         if pinned is None:
             raise UpstreamError(
@@ -2334,7 +2328,7 @@ class Relay:
             while where is not None and where.tb_next is not None:
                 where = where.tb_next
             line = where.tb_lineno if where is not None else 0
-            say(f"internal error in request {exchange.id}: {type(bug).__name__} at line {line}: {bug}; please report it")
+            say(f"internal error in request {exchange.id}, line {line}: {type(bug).__name__}: {bug}; please report it")
             self._answer(reply, exchange, InternalError("internal-error", "es-proxy failed; its log names the cause"))
         finally:
             if body is not None:
@@ -2347,7 +2341,7 @@ class Relay:
             if self.aborting:
                 raise OverloadError("shutting-down", "es-proxy was stopped before the response came")
             if reply.stream.gone():
-                raise ClientGone("client-gone", "the client left before its response came")
+                raise ClientGoneError("client-gone", "the client left before its response came")
 
         def attempt(number: int) -> None:
             exchange.attempts = number
@@ -2384,7 +2378,7 @@ class Relay:
         if error.status >= 400:
             exchange.error = error.code
         if reply.begun:
-            if isinstance(error, ClientGone):
+            if isinstance(error, ClientGoneError):
                 exchange.sent = reply.body_sent
             reply.break_off()
             head = body = b""
@@ -2392,18 +2386,18 @@ class Relay:
             exchange.status = error.status
             head, body = error_response(error, exchange.id, reply.head_only, not reply.keep_alive)
             exchange.size = len(body)
-        try:
+        with contextlib.suppress(
+            AuditError
+        ):  # Counted by the log; what the client gets holds nothing of the upstream's.
             self.audit.response(exchange)
-        except AuditError:
-            pass  # Counted by the log; the client is answered all the same, with nothing of the upstream's in it.
-        if head and not isinstance(error, ClientGone):
+        if head and not isinstance(error, ClientGoneError):
             reply.send_own(head + body)
 
 
 class Reply:
     """The response side of one exchange: frames what comes from the upstream for this client.
 
-    Raises ClientGone when the client does not take it.
+    Raises ClientGoneError when the client does not take it.
     """
 
     __slots__ = ("stream", "head_only", "keep_alive", "begun", "body_sent", "_minor", "_chunked", "_head", "_held",
@@ -2450,7 +2444,7 @@ class Reply:
     def finish(self, piece: Buffer) -> None:
         """Send the last piece, after the response's record is in the log."""
         if self._held:
-            piece = b"%b%b" % (self._held, piece)
+            piece = b"".join((self._held, piece))
         self._send(piece, LAST_CHUNK if self._chunked else b"")
 
     def _send(self, piece: Buffer, end: bytes) -> None:
@@ -2465,7 +2459,7 @@ class Reply:
         overhead = len(head)
         try:
             if len(framed) <= SEND_JOIN_BYTES:
-                stream.send(b"%b%b%b" % (head, framed, end) if head or end else framed)
+                stream.send(b"".join((head, framed, end)) if head or end else framed)
             else:
                 if head:
                     stream.send(head)
@@ -2474,7 +2468,7 @@ class Reply:
                     stream.send(end)
         except OSError as error:
             self.body_sent += min(count, max(0, stream.sent - before - overhead))
-            raise ClientGone("client-gone", f"the client did not take its response: {error}") from None
+            raise ClientGoneError("client-gone", f"the client did not take its response: {error}") from None
         self.body_sent += count
 
     def send_own(self, data: bytes) -> None:
@@ -2506,9 +2500,7 @@ class Session:
     __slots__ = ("deadline", "stream", "_relay", "_reader", "_source", "_refusal", "_tls_state", "_started",
                  "_body_started", "_lingering", "_certificate_name", "_credentials", "_user")  # fmt: skip
 
-    def __init__(
-        self, relay: Relay, sock: socket.socket, address: tuple[str, int], refusal: ProxyError | None
-    ) -> None:
+    def __init__(self, relay: Relay, sock: socket.socket, address: tuple[str, int], refusal: ProxyError | None) -> None:
         config = relay.config
         self.stream = ParkedStream(sock, config.limits)
         self.deadline = time.monotonic() + config.limits.keepalive_seconds
@@ -2755,7 +2747,7 @@ class Service(Protocol):
 
 
 class EpollPoller:
-    """Tells which descriptors became readable, each once (EPOLLONESHOT); `arm` is safe from any thread and costs one call."""
+    """Tells which descriptors became readable, each once (EPOLLONESHOT); `arm` may be called from any thread."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -2839,7 +2831,7 @@ class SelectorPoller:
 
 
 class Ready:
-    """The queue of sessions with something to do, first in first out, and the workers who wait for one, last in first out.
+    """Sessions with something to do, first in first out, and the workers who wait for one, last in first out.
 
     The most recently idle worker is woken first, so that the others can go.
     """
@@ -2972,15 +2964,20 @@ class Server(socketserver.ThreadingTCPServer):
         self._mouth.setblocking(False)
         self._poller = SelectorPoller() if config.portable or not hasattr(select, "epoll") else EpollPoller()
         limits = config.limits
-        shortest = min(limits.head_seconds, limits.body_silence_seconds, limits.keepalive_seconds, limits.linger_seconds,
-                       limits.queue_seconds)  # fmt: skip
+        shortest = min(
+            limits.head_seconds,
+            limits.body_silence_seconds,
+            limits.keepalive_seconds,
+            limits.linger_seconds,
+            limits.queue_seconds,
+        )
         self._tick_seconds = min(1.0, shortest / 4)  # no deadline is missed by more than a quarter of the shortest
         self._limit = config.max_connections or descriptors_for_connections(config)
 
     # -- The loop: one thread -------------------------------------------------------------------------------------
 
-    def serve_forever(self, poll_interval: float = 0.0) -> None:
-        """Accept, park and hand out until `stop`; then finish what is in flight, within --drain. `poll_interval` is unused."""
+    def serve_forever(self, poll_interval: float = 0.0) -> None:  # noqa: ARG002  socketserver's signature
+        """Accept, park and hand out until `stop`; then finish what is in flight, within --drain."""
         self._start_workers(min(THREADS_AT_START, self._config.threads))
         self._poller.add(self._ear.fileno())
         self._poller.add(self.socket.fileno())
@@ -3052,7 +3049,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
         """Open a session for an accepted connection and park it; no thread is started."""
-        assert isinstance(request, socket.socket) and isinstance(client_address, tuple)
+        assert isinstance(request, socket.socket)
+        assert isinstance(client_address, tuple)
         try:
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             refusal = _CROWDED if len(self._sessions) >= self._limit else None
@@ -3072,9 +3070,10 @@ class Server(socketserver.ThreadingTCPServer):
                 self._poller.disarm(fd)
                 self.ready.put(session, Wake.EXPIRED)
         oldest = self.ready.oldest()
-        if oldest is not None and oldest < now - self._config.limits.queue_seconds:
-            if self._overdue is None or not self._overdue.is_alive():
-                self._overdue = threading.Thread(target=self._refuse_overdue, name="overdue", daemon=True)
+        busy = self._overdue is not None and self._overdue.is_alive()
+        if oldest is not None and oldest < now - self._config.limits.queue_seconds and not busy:
+            self._overdue = threading.Thread(target=self._refuse_overdue, name="overdue", daemon=True)
+            with contextlib.suppress(RuntimeError):  # No thread for it either: the next sweep tries again.
                 self._overdue.start()
 
     def _refuse_overdue(self) -> None:
@@ -3100,7 +3099,7 @@ class Server(socketserver.ThreadingTCPServer):
             session.close()
 
     def _grow(self) -> None:
-        """Add workers when sessions wait although the processor doesn't: then the upstream is what the workers wait for."""
+        """Add workers when sessions wait although the processor has time: then workers wait for the upstream."""
         oldest = self.ready.oldest()
         if oldest is None or len(self.workers) >= self._config.threads:
             return
@@ -3208,7 +3207,7 @@ class Proxy:
         self.address: tuple[str, int] = self.server.server_address[:2]  # type: ignore[assignment]
 
     def serve(self) -> None:
-        """Serve until `stop`, in the calling thread, then close everything. Raises StartError when the log can't be written."""
+        """Serve until `stop`, in the calling thread, then close everything. Raises StartError."""
         try:
             try:
                 self.audit.event("start", Version=__version__, Config_SHA256=self.config.digest(), Pid=os.getpid())
