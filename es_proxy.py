@@ -105,6 +105,7 @@ from __future__ import annotations
 
 import argparse
 import binascii
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -113,6 +114,8 @@ import errno
 import fcntl
 import hashlib
 import http.client
+import ipaddress
+import itertools
 import json
 import mmap
 import os
@@ -130,6 +133,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, NoReturn, Protocol
 
@@ -307,12 +311,16 @@ class Config:
     ca_fingerprint: str | None = None  # SHA-256 in lower-case hex of a certificate in the upstream's chain; pins it.
     insecure: bool = False  # True: anyone may pretend to be the upstream.
     audit_log: str = "-"  # Path, or - for standard output.
+    audit_format: str = "text"  # text or ecs.
+    audit_pass: bool = False  # When a record can't be written: relay and count the loss, instead of refusing (503).
+    audit_sync: bool = False  # fsync before a request is forwarded: survives a power failure, costs one per group.
     audit_body_bytes: int | None = None  # Bytes of a request body that are recorded; None: all of it.
     threads: int = 256  # Most requests in flight; each holds a thread and a connection to the upstream.
     max_connections: int = 0  # Most client connections; 0: as many as the file descriptors allow.
     max_body_bytes: int = 100 * MIB  # Elasticsearch's http.max_content_length. Larger: 413.
     upstream_timeout_seconds: float = 300.0  # Silence allowed while waiting for the upstream. Longer: 504.
     drain_seconds: float = 30.0  # How long a stop waits for requests in flight.
+    redact: bool = True  # Secrets known to travel in bodies are not recorded.
     portable: bool = False  # Tests: do without what only Linux has.
     limits: Limits = Limits()
 
@@ -337,7 +345,7 @@ _FIELD_LINE = re.compile(_TOKEN + rb":" + _VALUE)
 _FIELD_BLOCK_ONLY = re.compile(_FIELD_BLOCK)
 _METHOD = re.compile(_TOKEN)
 _TARGET = re.compile(rb"[!\"$-~]+")
-_VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])")
+_DIGITS_TO_0 = bytes.maketrans(b"123456789", b"000000000")
 _BROKEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")  # What no head may hold anywhere.
 _DIGITS = re.compile(rb"[0-9]{1,40}")  # int() itself takes "+5", "1_0" and other scripts' digits.
 _CHUNK_LINE = re.compile(
@@ -345,7 +353,7 @@ _CHUNK_LINE = re.compile(
     rb"|\\[\t\x20-\x7e\x80-\xff])*\"))?)*)\r\n"
 )
 _CHUNK_LINE_BYTES = 16 + 256 + 2  # Size, extensions nobody uses, line end.
-_AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+_AUTHORITY = re.compile(rb"(?:(?:[A-Za-z0-9._~-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 _ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
 _PERCENT = re.compile(rb"%([0-9a-f]{2})")
 
@@ -353,8 +361,9 @@ Field = tuple[bytes, bytes, bytes]  # name in lower case, name as it came, value
 
 # Names a request's head is asked for after it was read; everything else is only carried along.
 _ASKED_FOR = frozenset(
-    b"host content-length transfer-encoding connection expect max-forwards authorization user-agent x-opaque-id"
-    b" es-security-runas-user opendistro_security_impersonate_as x-forwarded-for forwarded".split()
+    b"host content-length transfer-encoding connection expect max-forwards authorization user-agent content-type"
+    b" content-encoding traceparent x-opaque-id es-security-runas-user opendistro_security_impersonate_as"
+    b" x-forwarded-for forwarded".split()
 )
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection te upgrade trailer proxy-authorization proxy-authenticate"
@@ -383,7 +392,7 @@ class Body:
 
     __slots__ = ("size", "_pieces", "_file", "_memory_bytes", "_budget", "_taken")
 
-    def __init__(self, memory_bytes: int, budget: Budget) -> None:
+    def __init__(self, memory_bytes: int, budget: Budget | None = None) -> None:
         self.size = 0
         self._pieces: list[Buffer] = []
         self._file: IO[bytes] | None = None
@@ -395,7 +404,7 @@ class Body:
         """Add bytes, which must stay as they are. Raises OverloadError when there is no room on disk."""
         count = len(piece)
         if self._file is None:
-            if self.size + count <= self._memory_bytes and self._budget.take(count):
+            if self.size + count <= self._memory_bytes and (self._budget is None or self._budget.take(count)):
                 self._taken += count
                 self._pieces.append(piece)
                 self.size += count
@@ -412,7 +421,11 @@ class Body:
         for piece in self._pieces:
             self._write(piece)
         self._pieces.clear()
-        self._budget.give(self._taken)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._budget is not None:
+            self._budget.give(self._taken)
         self._taken = 0
 
     def _write(self, piece: Buffer) -> None:
@@ -463,8 +476,7 @@ class Body:
     def close(self) -> None:
         """Let go of memory and file."""
         self._pieces.clear()
-        self._budget.give(self._taken)
-        self._taken = 0
+        self._give_back()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -589,15 +601,19 @@ class ChunkedDecoder:
         if len(section) > self._limits.request_head_bytes or section.count(b"\n") > self._limits.request_fields + 1:
             raise RequestError("trailers-too-large", "the trailer section is over its limit", 431)
         if match is None:
-            if b"\r\n\r\n" in section or section.startswith(b"\r\n") or _BROKEN.search(section):
-                raise RequestError("bad-trailer", "the trailer section is malformed")
-            check_lines(section)
+            self._incomplete_trailers(section)
             return -1
         for line in match[1].split(b"\r\n"):
             if line.partition(b":")[0].lower() in _NOT_IN_TRAILERS:
                 raise RequestError("bad-trailer", "a trailer field may not frame or route the message")
         self.complete = True
         return match.end()
+
+    @staticmethod
+    def _incomplete_trailers(section: bytes) -> None:
+        lines = section.split(b"\r\n")
+        if _BROKEN.search(section) or not all(map(_FIELD_LINE.fullmatch, lines[:-1])):
+            raise RequestError("bad-trailer", "the trailer section is malformed")
 
 
 Decoder = LengthDecoder | ChunkedDecoder | UntilCloseDecoder
@@ -606,13 +622,6 @@ Decoder = LengthDecoder | ChunkedDecoder | UntilCloseDecoder
 def too_large(max_bytes: int) -> RequestError:
     """The error for a body over --max-body, in bytes."""
     return RequestError("body-too-large", f"the body is larger than {max_bytes} bytes (--max-body)", 413)
-
-
-def check_lines(section: bytes) -> None:
-    """Raise RequestError for the first complete line of `section` that isn't a field line (RFC 9112 5)."""
-    for line in section.split(b"\r\n")[:-1]:
-        if line and not _FIELD_LINE.fullmatch(line):
-            raise RequestError("bad-field", _what_is_wrong(line))
 
 
 def _what_is_wrong(line: bytes) -> str:
@@ -851,7 +860,10 @@ class RequestReader:
         lines = block.split(b"\r\n")
         lines.pop()
         line_end = match.start(5) - 2
-        self._check_sizes(line_end, match.end() - line_end - 4, len(lines))
+        if line_end > self._limits.request_line_bytes:
+            raise line_too_long(method + b" ", self._limits)
+        if len(block) > self._limits.request_head_bytes or len(lines) > self._limits.request_fields:
+            raise head_too_large(self._limits)
         if major != b"1":
             raise RequestError("bad-version", "only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
         fields = []
@@ -880,19 +892,6 @@ class RequestReader:
             raise RequestError("bad-expectation", "Expect is not 100-continue", 417)
         self.expects_continue = self._decoder is not None
 
-    def _check_sizes(self, line_bytes: int, block_bytes: int, fields: int) -> None:
-        limits = self._limits
-        if line_bytes > limits.request_line_bytes:
-            raise RequestError(
-                "target-too-long", f"the request line is longer than {limits.request_line_bytes} bytes", 414
-            )
-        if block_bytes > limits.request_head_bytes or fields > limits.request_fields:
-            raise RequestError(
-                "head-too-large",
-                f"the header section has more than {limits.request_head_bytes} bytes or {limits.request_fields} fields",
-                431,
-            )
-
     def _incomplete_head(self) -> bool:
         """The buffer is no head: say why, or wait for more (False)."""
         buffer = self._buffer
@@ -903,7 +902,7 @@ class RequestReader:
             return self._next_head()
         fresh = buffer[max(0, self._scanned - 1) :]
         if not self._scanned or b"\n" in fresh or _BROKEN.search(fresh) or self._outgrown(buffer):
-            explain_head(buffer, self._check_sizes)
+            explain_head(buffer, self._limits)
         self._scanned = len(buffer)
         return False
 
@@ -923,40 +922,80 @@ class RequestReader:
             self.expects_continue = False
 
 
-def explain_head(buffer: bytes, check_sizes: Callable[[int, int, int], None]) -> None:
-    """Raise the RequestError that says why `buffer` can't become a request's head; return if more bytes can help."""
+def explain_head(buffer: bytes, limits: Limits) -> None:
+    """Raise the RequestError that says why `buffer` can't become a request's head; return if more bytes can help.
+
+    What is wrong at the first byte that is wrong decides, so that the answer does not depend on how the bytes arrived.
+    """
     line, end, section = buffer.partition(b"\n")
-    check_sizes(len(line) - (line[-1:] == b"\r"), 0, 0)
-    if not end:
-        # The line is still coming: it can be refused at the first byte that could not stand in one.
-        if _BROKEN.search(line) or (line != b"\r" and not re.match(_TOKEN + rb"(?: |\Z)", line)):
-            raise RequestError("bad-request-line", "this is not the beginning of an HTTP/1.1 request line")
+    explain_request_line((line + end)[: limits.request_line_bytes + 2])
+    if len(line) - (line[-1:] == b"\r") > limits.request_line_bytes:
+        raise line_too_long(line, limits)
+    if end:
+        explain_fields(section, limits)
+
+
+def line_too_long(line: bytes, limits: Limits) -> RequestError:
+    """The error for a request line over its limit."""
+    if b" " not in line[: limits.request_line_bytes]:
+        return RequestError("bad-request-line", "no method is that long")
+    return RequestError("target-too-long", f"the request line is longer than {limits.request_line_bytes} bytes", 414)
+
+
+def head_too_large(limits: Limits) -> RequestError:
+    """The error for a header section over its limits."""
+    return RequestError(
+        "head-too-large",
+        f"the header section has more than {limits.request_head_bytes} bytes or {limits.request_fields} fields",
+        431,
+    )
+
+
+def explain_request_line(line: bytes) -> None:
+    """RFC 9112 3, from left to right; `line` has its line end, or is the beginning of a line."""
+    method = _METHOD.match(line)
+    if method is None:
+        if line != b"\r":  # An empty line before the request may be on its way.
+            raise RequestError("bad-request-line", "this is not the beginning of an HTTP/1.1 request")
         return
-    if line[-1:] != b"\r":
-        raise RequestError("bad-request-line", "the request line does not end with CRLF")
-    _explain_request_line(line[:-1])
-    check_sizes(0, len(section) - 4, section.count(b"\n") - 1)
-    if _BROKEN.search(section):
-        raise RequestError("bad-field", "the header section holds a control character or a bare CR or LF")
-    check_lines(section)
-    if section.startswith(b"\r\n") or b"\r\n\r\n" in section:  # It would have matched: never reached, never believed.
-        raise RequestError("bad-field", "the header section is malformed")
-
-
-def _explain_request_line(line: bytes) -> None:
-    parts = line.split(b" ")
-    if len(parts) != 3 or not all(parts):
-        raise RequestError("bad-request-line", "the request line is not METHOD TARGET VERSION with one space between")
-    method, target, version = parts
-    if not _METHOD.fullmatch(method):
+    position = method.end()
+    if line[position : position + 1] not in (b"", b" "):
         raise RequestError("bad-request-line", "the method holds a character that is not allowed there")
-    if not _TARGET.fullmatch(target):
+    target = _TARGET.match(line, position + 1)
+    if target is None:
+        if len(line) > position + 1:
+            raise RequestError("bad-request-line", "there is no target one space behind the method")
+        return
+    position = target.end()
+    after = line[position : position + 1]
+    if after in (b"\r", b"\n"):
+        raise RequestError("bad-request-line", "there is no version: HTTP/0.9 is not spoken here")
+    if after not in (b"", b" "):
         raise RequestError("bad-target", "the target holds a byte that must be percent-encoded")
-    match = _VERSION.fullmatch(version)
-    if match is None:
-        raise RequestError("bad-request-line", "the version is not HTTP/ and two digits")
-    if match[1] != b"1":
+    version = line[position + 1 :]
+    if not b"HTTP/0.0\r\n".startswith(version.translate(_DIGITS_TO_0)):
+        raise RequestError("bad-request-line", "the target is not followed by one space, HTTP/, two digits and CRLF")
+    if version.endswith(b"\n") and not version.startswith(b"HTTP/1"):
         raise RequestError("bad-version", "only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
+
+
+def explain_fields(section: bytes, limits: Limits) -> None:
+    """RFC 9112 5; `section` is what there is of the header section."""
+    broken = _BROKEN.search(section)
+    at = broken.start() if broken else len(section)
+    position = 0
+    for number, line in enumerate(section.split(b"\r\n")[:-1], 1):
+        position += len(line) + 2
+        if position - 2 > at:
+            break
+        if position > limits.request_head_bytes + 2 or (line and number > limits.request_fields):
+            raise head_too_large(limits)
+        if line and not _FIELD_LINE.fullmatch(line):
+            raise RequestError("bad-field", _what_is_wrong(line))
+    if min(at, len(section)) > limits.request_head_bytes + 2:
+        raise head_too_large(limits)
+    if broken:
+        raise RequestError("bad-field", "the header section holds a control character or a bare CR or LF")
 
 
 class Response:
@@ -1062,7 +1101,7 @@ class ResponseReader:
             raise _malformed("its header section is over the limit")
         if _BROKEN.search(buffer):
             raise _malformed("its head holds a control character or a bare CR or LF")
-        if not b"HTTP/1.1 "[: len(buffer)] == buffer[:9] and not re.match(rb"HTTP/1\.[0-9] ", buffer):
+        if not b"HTTP/0.0 ".startswith(buffer[:9].translate(_DIGITS_TO_0)) or not b"HTTP/1".startswith(buffer[:6]):
             raise _malformed("it does not begin with HTTP/1")
         if b"\r\n\r\n" in buffer or not _response_can_become(buffer):
             raise _malformed("its status line or a header field is malformed")
@@ -1271,6 +1310,21 @@ class ParkedStream:
                 if attribute[0] == "commonName":
                     return attribute[1].encode()
         return None
+
+    def tls_facts(self) -> dict[str, object]:
+        """Version, cipher and the peer's certificate, under their names in ECS."""
+        assert self._tls is not None
+        cipher = self._tls.cipher()
+        facts: dict[str, object] = {"tls.established": True}
+        if cipher is not None:
+            facts["tls.cipher"] = cipher[0]
+            facts["tls.version"] = cipher[1].removeprefix("TLSv")
+            facts["tls.version_protocol"] = "tls"
+        certificate = self._tls.getpeercert()
+        if certificate:
+            attributes = itertools.chain.from_iterable(certificate.get("subject", ()))
+            facts["tls.client.subject"] = ", ".join("=".join(map(str, attribute)) for attribute in attributes)
+        return facts
 
     def receive(self) -> bytes | None:
         """What is there, RECEIVE_BYTES at most; None for nothing yet, empty for the end of the stream."""
@@ -1506,7 +1560,8 @@ _TO_ESCAPE = re.compile(rb"[^!-\[\]-~]|:\Z")  # outside 0x21-0x7E, a backslash, 
 _AGENT_TO_ESCAPE = re.compile(rb"[^ -\[\]-~]|:(?= |\Z)|\A | \Z")  # the same, but a space may stay inside
 _ESCAPED = re.compile(rb"\\x([0-9a-f]{2})")
 _BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
-_BASE64_STEP = 3 * 64 * KIB  # Base64 makes 4 bytes of 3: a multiple of 3 needs no padding in between.
+ECS_VERSION = "8.11.0"  # of the Elastic Common Schema
+UNZIPPED_BYTES = 256 * MIB  # What a gzip body may unfold to in an ECS record; beyond it the record keeps the gzip.
 
 
 def _hex_escape(match: re.Match[bytes]) -> bytes:
@@ -1641,14 +1696,17 @@ def redact_received(received: bytes) -> bytes:
     return _CREDENTIAL_FIELD.sub(rb"\1 " + PLACEHOLDER, received)
 
 
-# -- Exchange and its two lines ----------------------------------------------------------------------------------
+# -- Exchange: what both records tell ----------------------------------------------------------------------------
 
 
 class Exchange:
     """One request and its response, as far as the log wants to know. Values are bytes and already escaped."""
 
-    __slots__ = ("id", "user", "path", "query", "method", "source", "agent", "request_marks", "rejected", "status",
-                 "error", "size", "attempts", "sent", "started", "recorded", "_common")  # fmt: skip
+    __slots__ = (
+        "id", "user", "path", "query", "method", "source", "agent", "run_as", "forwarded", "opaque_id", "details",
+        "body_bytes", "body_sha256", "redacted", "rejected", "status", "error", "size", "attempts", "sent", "began",
+        "started", "recorded", "_common",
+    )  # fmt: skip
 
     def __init__(self, source: bytes, user: bytes = b"-", agent: bytes = b"-") -> None:
         self.id = new_id()
@@ -1658,13 +1716,20 @@ class Exchange:
         self.method = b"-"
         self.source = source
         self.agent = agent
-        self.request_marks = b""
+        self.run_as = b""
+        self.forwarded = b""
+        self.opaque_id = b""
+        self.details: dict[str, object] = {}  # what only ECS records tell, under its field names
+        self.body_bytes = 0  # of the request's body as it came
+        self.body_sha256 = ""  # of all of it, when less is recorded
+        self.redacted = 0  # values replaced in the recorded body and query
         self.rejected: str | None = None  # code, when the request is not forwarded
         self.status = 0
         self.error: str | None = None  # code, when the response is not the upstream's whole one
         self.size = 0  # bytes of the response's body
         self.attempts = 1  # connections to the upstream that were tried
         self.sent: int | None = None  # bytes of the body delivered, when the client left early
+        self.began = 0.0  # seconds since the epoch, when the request was recorded
         self.started: float | None = None  # monotonic, when forwarding began
         self.recorded = False  # the request's record is in the log, so a response's is owed
         self._common = b""
@@ -1676,13 +1741,8 @@ class Exchange:
         self.path = escape(path)
         self.query = escape(query) if mark else b"None"
 
-    def mark(self, key: bytes, value: bytes | None) -> None:
-        """Append a mark to the request's record, if there is a value."""
-        if value:
-            self.request_marks += b" %b: %b" % (key, escape(value))
-
     def common(self) -> bytes:
-        """The part that both lines share, made once."""
+        """The part of a text record that both lines share, made once."""
         if not self._common:
             self._common = b" ID: %b User: %b Path: %b Query: %b Method: %b Source: %b Agent: %b " % (
                 self.id.encode(), self.user, self.path, self.query, self.method, self.source, self.agent,
@@ -1690,13 +1750,36 @@ class Exchange:
         return self._common
 
 
-def request_record(now: float, exchange: Exchange, body: bytes, marks: bytes) -> bytes:
-    """The request's line."""
-    encoded = binascii.b2a_base64(body, newline=False) if body else b""
-    return b"%b%bBody: %b%b\n" % (timestamp(now), exchange.common(), encoded, marks)
+# -- Records as text and as ECS: each function makes one line, in steps where a body may be large -----------------
 
 
-def response_record(now: float, exchange: Exchange, duration_seconds: float) -> bytes:
+def text_request(now: float, exchange: Exchange, content: Body | None) -> Iterator[bytes]:
+    """The request's line; `now` in seconds since the epoch."""
+    yield b"%b%bBody: " % (timestamp(now), exchange.common())
+    if content is not None:
+        yield from base64_steps(content.pieces())
+    yield text_request_marks(exchange) + b"\n"
+
+
+def text_request_marks(exchange: Exchange) -> bytes:
+    """What is out of the ordinary about a request."""
+    marks = b""
+    if exchange.run_as:
+        marks += b" Run-As: " + exchange.run_as
+    if exchange.forwarded:
+        marks += b" Forwarded: " + exchange.forwarded
+    if exchange.opaque_id:
+        marks += b" Opaque-Id: " + exchange.opaque_id
+    if exchange.body_sha256:
+        marks += b" Body-Bytes: %d Body-SHA256: %b" % (exchange.body_bytes, exchange.body_sha256.encode())
+    if exchange.redacted:
+        marks += b" Redacted: %d" % exchange.redacted
+    if exchange.rejected is not None:
+        marks += b" Rejected: " + exchange.rejected.encode()
+    return marks
+
+
+def text_response(now: float, exchange: Exchange, duration_seconds: float) -> bytes:
     """The response's line."""
     marks = b""
     if exchange.error is not None:
@@ -1710,32 +1793,207 @@ def response_record(now: float, exchange: Exchange, duration_seconds: float) -> 
     )  # fmt: skip
 
 
-def event_record(now: float, name: str, **details: object) -> bytes:
-    """A line about the log itself; `Key_Word=value` becomes ` Key-Word: value`."""
-    marks = b"".join(
-        b" %b: %b" % (key.replace("_", "-").encode(), escape(str(value).encode())) for key, value in details.items()
-    )
+def text_event(now: float, name: str, details: dict[str, object]) -> bytes:
+    """A line about the log itself; `{"Lost": 3}` becomes ` Lost: 3`."""
+    marks = b"".join(b" %b: %b" % (key.encode(), escape(str(value).encode())) for key, value in details.items())
     return b"%b Event: %b%b\n" % (timestamp(now), name.encode(), marks)
+
+
+def base64_steps(pieces: Iterator[Buffer]) -> Iterator[bytes]:
+    """Base64 of a body that comes in pieces: all but the last must be cut at a multiple of 3."""
+    rest = b""
+    for piece in pieces:
+        whole = rest + piece if rest else piece
+        count = len(whole) - len(whole) % 3
+        yield binascii.b2a_base64(memoryview(whole)[:count], newline=False)
+        rest = bytes(whole[count:])
+    if rest:
+        yield binascii.b2a_base64(rest, newline=False)
+
+
+def ecs_request(now: float, exchange: Exchange, content: Body | None) -> Iterator[bytes]:
+    """The request's event in Elastic Common Schema, one JSON object a line."""
+    document = _ecs_document(now, exchange, "http-request", "start")
+    document["event.start"] = document["@timestamp"]
+    document["http.request.body.bytes"] = exchange.body_bytes
+    document.update(exchange.details)
+    if exchange.rejected is not None:
+        document["event.reason"] = document["es_proxy.rejected"] = exchange.rejected
+    if exchange.body_sha256:
+        document["es_proxy.request.body.sha256"] = exchange.body_sha256
+    if exchange.redacted:
+        document["es_proxy.redacted"] = exchange.redacted
+    text = json.dumps(document, separators=(",", ":"))[:-1].encode()
+    if content is None or not content.size:
+        yield text + b"}\n"
+        return
+    encoding = str(exchange.details.get("http.request.headers.content_encoding", ""))
+    if _is_text(content.pieces(), encoding):
+        yield text + b',"http.request.body.content":"'
+        for part in _decoded(content.pieces(), encoding):
+            yield json.dumps(part)[1:-1].encode()
+    else:
+        yield text + b',"es_proxy.request.body.base64":"'
+        yield from base64_steps(content.pieces())
+    yield b'"}\n'
+
+
+def ecs_response(now: float, exchange: Exchange, duration_seconds: float) -> bytes:
+    """The response's event in ECS."""
+    document = _ecs_document(now, exchange, "http-response", "end")
+    document["event.start"] = timestamp(exchange.began).decode()
+    document["event.end"] = document["@timestamp"]
+    document["event.duration"] = int(duration_seconds * 1e9)
+    document["event.outcome"] = "success" if exchange.status < 400 and exchange.error is None else "failure"
+    document["http.response.status_code"] = exchange.status
+    document["http.response.body.bytes"] = exchange.size
+    document.update(exchange.details)
+    if exchange.error is not None:
+        document["event.reason"] = exchange.error
+    if exchange.attempts > 1:
+        document["es_proxy.attempts"] = exchange.attempts
+    if exchange.sent is not None:
+        document["es_proxy.sent"] = exchange.sent
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def ecs_event(now: float, name: str, details: dict[str, object]) -> bytes:
+    """An event of the log itself in ECS."""
+    document: dict[str, object] = {
+        "@timestamp": timestamp(now).decode(),
+        "ecs.version": ECS_VERSION,
+        "event.kind": "event",
+        "event.category": ["process"],
+        "event.type": [{"start": "start", "stop": "end"}.get(name, "info")],
+        "event.action": name,
+        "event.dataset": "es_proxy.audit",
+        "event.id": new_id(),
+        "observer.hostname": socketless_hostname(),
+        "observer.type": "proxy",
+        "observer.version": __version__,
+    }
+    document.update((f"es_proxy.{key.lower().replace('-', '_')}", value) for key, value in details.items())
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def socketless_hostname() -> str:
+    """This machine's name, as uname has it."""
+    return os.uname().nodename
+
+
+def _ecs_document(now: float, exchange: Exchange, action: str, kind: str) -> dict[str, object]:
+    document: dict[str, object] = {
+        "@timestamp": timestamp(now).decode(),
+        "ecs.version": ECS_VERSION,
+        "event.kind": "event",
+        "event.category": ["web", "database", "api"],
+        "event.type": ["access", kind],
+        "event.action": action,
+        "event.dataset": "es_proxy.audit",
+        "event.id": new_id(),
+        "http.request.id": exchange.id,
+        "observer.hostname": socketless_hostname(),
+        "observer.type": "proxy",
+        "observer.version": __version__,
+    }
+    for key, value in (
+        ("http.request.method", exchange.method),
+        ("url.path", exchange.path),
+        ("url.query", exchange.query),
+        ("user.name", exchange.user),
+        ("user.effective.name", exchange.run_as),
+        ("source.ip", exchange.source),
+        ("user_agent.original", exchange.agent),
+        (_forwarded_key(exchange.forwarded), exchange.forwarded),
+        ("http.request.headers.x_opaque_id", exchange.opaque_id),
+    ):
+        if value and value not in STAND_INS:
+            document[key] = readable(unescape(value))
+    return document
+
+
+def _forwarded_key(value: bytes) -> str:
+    """network.forwarded_ip takes one address; what is more, or none, goes into a field of our own."""
+    try:
+        ipaddress.ip_address(value.decode())
+    except ValueError:
+        return "es_proxy.forwarded"
+    return "network.forwarded_ip"
+
+
+def readable(value: bytes) -> str:
+    """A value for JSON: UTF-8 where it is that, `\\xHH` for other bytes and a backslash, so that it can be undone."""
+    return value.replace(b"\\", b"\\x5c").decode("utf-8", "backslashreplace")
+
+
+def _decoded(pieces: Iterator[Buffer], encoding: str) -> Iterator[str]:
+    """A body as text, gunzipped. Raises ValueError when it is none, or when it unfolds to more than any real one."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    unzip = zlib.decompressobj(31) if encoding == "gzip" else None
+    total = 0
+    for piece in pieces:
+        data: Buffer = piece
+        while data:
+            plain: Buffer = data
+            if unzip is not None:
+                plain = unzip.decompress(data, RELAY_BYTES)
+            data = unzip.unconsumed_tail if unzip is not None else b""
+            total += len(plain)
+            if total > UNZIPPED_BYTES:
+                raise ValueError("it unfolds without end")
+            yield decoder.decode(plain)
+    if unzip is not None and not (unzip.eof and not unzip.unused_data):
+        raise ValueError("it is not one gzip member")
+    yield decoder.decode(b"", final=True)
+
+
+def _is_text(pieces: Iterator[Buffer], encoding: str) -> bool:
+    if encoding not in ("", "gzip", "identity"):
+        return False
+    try:
+        for _ in _decoded(pieces, encoding):
+            pass
+    except (ValueError, zlib.error):
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way to write records; all functions take seconds since the epoch first."""
+
+    request: Callable[[float, Exchange, Body | None], Iterator[bytes]]
+    response: Callable[[float, Exchange, float], bytes]
+    event: Callable[[float, str, dict[str, object]], bytes]
+
+
+FORMS = {
+    "text": Form(text_request, text_response, text_event),
+    "ecs": Form(ecs_request, ecs_response, ecs_event),
+}
 
 
 # -- The log -----------------------------------------------------------------------------------------------------
 
 
-class AuditLog:
-    """The file, pipe or terminal that records go to; each is written whole before the call returns.
+class LogFile:
+    """The file, pipe or terminal that lines are appended to, each whole or not at all. For one thread at a time.
 
-    Raises StartError when it can't be opened, AuditError when a record can't be written. What could not be written is
-    counted, and an `Event: gap` line says so in front of the first record that can.
+    `shared` says that other processes append to the same file, `recovered` makes the line that tells of a torn one.
+    Raises StartError when it can't be opened as a safe place, OSError when a line can't be appended.
     """
 
-    def __init__(self, path: str, body_bytes: int | None) -> None:
+    def __init__(
+        self, path: str, shared: bool, recovered: Callable[[], bytes], instead_of: LogFile | None = None
+    ) -> None:
         self.path = path
-        self._body_bytes = body_bytes
-        self._lock = threading.Lock()  # guards the file's end: one record at a time, and _lost and _torn
-        self._lost = 0  # records since the last one that was written
-        self._torn = False  # the last write left a piece of a line that could not be taken back
-        self._regular = False  # a file of ours, whose end can be cut off again
-        self._fd = self._open_stdout() if path in ("-", "/dev/stdout") else self._open()
+        self.regular = False  # a file, not a pipe or a terminal
+        self._shared = shared
+        self._recovered = recovered
+        self._torn = False  # a piece of a line stands at the end and could not be dealt with
+        self._instead_of = instead_of  # the one this replaces: its lock is ours
+        self._end = 0  # offset behind our last line, in a file that only we append to
+        self.fd = self._open_stdout() if path in ("-", "/dev/stdout") else self._open()
 
     @staticmethod
     def _open_stdout() -> int:
@@ -1751,66 +2009,164 @@ class AuditLog:
             fd = os.open(self.path, flags, 0o640)
         except OSError as error:
             hints = {errno.ELOOP: "it is a symbolic link, name the file itself", errno.ENXIO: "nobody reads this FIFO"}
-            hint = hints.get(error.errno or 0, error.strerror)
-            raise StartError(f"--audit-log {self.path}: {hint}; nothing is served without a log") from None
+            raise self._unfit(hints.get(error.errno or 0, str(error.strerror))) from None
         try:
             os.set_blocking(fd, True)
-            status = os.fstat(fd)
-            self._regular = stat.S_ISREG(status.st_mode)
-            if self._regular:
-                self._claim(fd, status)
-                self._close_torn_tail(fd, status.st_size)
+            self._inspect(fd)
+        except OSError as error:
+            os.close(fd)
+            raise self._unfit(str(error.strerror)) from None
         except BaseException:
             os.close(fd)
             raise
         return fd
 
-    def _claim(self, fd: int, status: os.stat_result) -> None:
-        """Refuse a file that others may change, or that another es-proxy writes."""
+    def _unfit(self, why: str) -> StartError:
+        return StartError(f"--audit-log {self.path}: {why}; nothing is served without a log")
+
+    def _inspect(self, fd: int) -> None:
+        """Refuse a file that others may change or that another es-proxy writes; end a last line that was torn."""
+        status = os.fstat(fd)
+        self.regular = stat.S_ISREG(status.st_mode)
+        if not self.regular:
+            return
         if status.st_mode & stat.S_IWOTH:
-            raise StartError(f"--audit-log {self.path}: everyone may write to it; chmod o-w, then look who did")
+            raise self._unfit("everyone may write to it; chmod o-w it, then find out who did")
+        folder = os.stat(os.path.dirname(os.path.abspath(self.path)))
+        if folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX:
+            raise self._unfit("everyone may write to its directory and put another file in its place; chmod o-w that")
+        if folder.st_mode & stat.S_IWOTH and status.st_uid != os.geteuid():
+            raise self._unfit("it lies in a directory for everyone and belongs to another user")
+        self._claim(fd)
+        self._end = status.st_size
+        if status.st_size:
+            self._close_torn_tail(fd, status.st_size)
+
+    def _claim(self, fd: int) -> None:
+        old = self._instead_of
+        if old is not None and os.path.samestat(os.fstat(old.fd), os.fstat(fd)):
+            fcntl.flock(old.fd, fcntl.LOCK_UN)  # Otherwise our own older descriptor would keep us out.
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StartError(
-                f"--audit-log {self.path}: another es-proxy is writing it; give each its own file"
-            ) from None
+            raise self._unfit("another es-proxy is writing it, give each its own file") from None
 
     def _close_torn_tail(self, fd: int, size: int) -> None:
         """End a last line that a crash or a full disk left unfinished, so that the next record has its own."""
-        if not size:
-            return
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(size - 1)
-                if file.read(1) == b"\n":
-                    return
-            os.write(fd, b"\n" + event_record(time.time(), "recovered"))
-        except OSError as error:
-            raise StartError(f"--audit-log {self.path}: {error.strerror}; nothing is served without a log") from None
+        with open(self.path, "rb") as file:
+            file.seek(size - 1)
+            if file.read(1) == b"\n":
+                return
+        self._end += os.write(fd, b"\n" + self._recovered())
         say(f"{self.path} ended in the middle of a line (a crash, or a full disk); closed it off")
 
-    def event(self, name: str, **details: object) -> None:
-        """Write a line about the log itself. Raises AuditError."""
-        self._write(event_record(time.time(), name, **details))
+    def append(self, line: WireBody) -> None:
+        """Write the whole line, or take back what was written of it. Raises OSError."""
+        if self._torn:
+            os.write(self.fd, b"\n")
+            self._torn = False
+        written = os.write(self.fd, line)
+        if written < len(line):
+            written = self._append_rest(line, written)
+        self._end += written
 
-    def request(self, exchange: Exchange, body: Body | None, received: bytes = b"") -> None:
+    def _append_rest(self, line: WireBody, written: int) -> int:
+        with memoryview(line) as view:
+            try:
+                while written < len(line):
+                    with view[written:] as rest:
+                        written += os.write(self.fd, rest)
+            except OSError:
+                self._take_back(written)
+                raise
+        return written
+
+    def _take_back(self, written: int) -> None:
+        """Cut a piece of a line off again; where that can't be done (a pipe), the next line closes it off."""
+        try:
+            if not self.regular or self._shared:
+                raise OSError
+            os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
+        except OSError:
+            self._torn = True
+
+    def missing(self) -> str | None:
+        """What has become of the file behind our back: `removed`, `truncated`, or None."""
+        if not self.regular:
+            return None
+        status = os.fstat(self.fd)
+        if not status.st_nlink:
+            return "removed"
+        if status.st_size < self._end and not self._shared:
+            self._end = status.st_size
+            return "truncated"
+        return None
+
+    def same_file(self) -> bool:
+        """Whether the path still names the file that is open."""
+        try:
+            status = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(status, os.fstat(self.fd))
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self.fd)
+
+
+class AuditLog:
+    """Writes records and events to a LogFile, and knows what to do when that fails. Called by any thread.
+
+    Raises AuditError when a record can't be written and --audit-on-failure is `block`; with `pass` it only counts. What
+    was lost is told by an `Event: gap` line in front of the first line that can be written again.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._form = FORMS[config.audit_format]
+        self._shared = False
+        self._lock = threading.Lock()  # guards all below
+        self._file = LogFile(config.audit_log, self._shared, self._recovered)
+        self._broken = False  # the descriptor is of no use any more, the next line needs another
+        self._lost = 0  # records since the last line that was written
+        self._since = ""  # timestamp of the first of them
+        self._written = 0  # lines, ever
+        self._commits = GroupCommit(self)
+        if config.audit_sync and not self._file.regular:
+            raise StartError(f"--audit-sync always: {config.audit_log} is not a file on a disk")
+
+    def _recovered(self) -> bytes:
+        return self._form.event(time.time(), "recovered", {})
+
+    # -- Records -------------------------------------------------------------------------------------------------
+
+    def event(self, name: str, **details: object) -> bool:
+        """Write a line about the log itself; False when it is lost. Raises AuditError."""
+        with self._lock:
+            return self._append(self._form.event(time.time(), name, details))
+
+    def request(self, exchange: Exchange, request: Request | None, received: bytes = b"") -> None:
         """Write the request's record, with `received` as body if it could not be read. Raises AuditError."""
-        limit = self._body_bytes
-        marks = exchange.request_marks
-        if body is not None and body.size and not received:
-            if limit is not None and body.size > limit:
-                received, cut = _cut(body, limit)
-                marks += cut
-            elif body.spooled:
-                self._write_spooled(exchange, body, marks + _rejected(exchange))
-                exchange.recorded = True
-                return
-            else:
-                received = bytes(body.whole())
-        recorded = received if limit is None else received[:limit]
-        self._write(request_record(time.time(), exchange, recorded, marks + _rejected(exchange)))
-        exchange.recorded = True
+        exchange.began = time.time()
+        content = self._content(exchange, request, received)
+        steps = self._form.request(exchange.began, exchange, content)
+        if content is None or not content.spooled:
+            self._write(exchange, b"".join(steps))
+        else:
+            self._write_large(exchange, steps)
+
+    def _content(self, exchange: Exchange, request: Request | None, received: bytes) -> Body | None:
+        """What is recorded of a request's body: all of it, or the first --audit-body bytes."""
+        body = request.body if request is not None else None
+        if received:
+            body = Body(MIB)
+            body.append(received)
+        if body is None or not body.size:
+            return None
+        exchange.body_bytes = body.size
+        limit = self._config.audit_body_bytes
+        return body if limit is None or body.size <= limit else _cut(exchange, body, limit)
 
     def response(self, exchange: Exchange) -> None:
         """Write the response's record, once, if the request's was written. Raises AuditError."""
@@ -1818,100 +2174,171 @@ class AuditLog:
             return
         exchange.recorded = False
         duration = 0.0 if exchange.started is None else time.monotonic() - exchange.started
-        self._write(response_record(time.time(), exchange, duration))
+        line = self._form.response(time.time(), exchange, duration)
+        with self._lock:
+            self._append(line)
 
-    def _write_spooled(self, exchange: Exchange, body: Body, marks: bytes) -> None:
+    def _write_large(self, exchange: Exchange, steps: Iterator[bytes]) -> None:
         """A line of any length without its length in heap: built in a temporary file, written from a map of it."""
         try:
             with tempfile.TemporaryFile(buffering=RELAY_BYTES, prefix="es-proxy-") as file:
-                file.write(b"%b%bBody: " % (timestamp(time.time()), exchange.common()))
-                for piece in _base64_steps(body):
-                    file.write(piece)
-                file.write(b"%b\n" % marks)
+                for step in steps:
+                    file.write(step)
                 file.flush()
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as line:
-                    self._write(line)
+                    self._write(exchange, line)
         except OSError as error:
             with self._lock:
-                self._lose(error)
+                self._lose(f"no room to build it in {tempfile.gettempdir()} ({error.strerror})")
 
-    def _write(self, line: WireBody) -> None:
+    def _write(self, exchange: Exchange, line: WireBody) -> None:
+        """Append a request's line, and see it on the disk where --audit-sync asks for that."""
         with self._lock:
-            if self._lost or self._torn:
-                self._close_gap()
+            if not self._append(line):
+                return
+            number = self._written
+        exchange.recorded = True
+        if self._config.audit_sync:
             try:
-                self._write_all(line)
+                self._commits.commit(number)
             except OSError as error:
-                self._lose(error)
+                # The line may be there or not; the gap says that it does not count.
+                with self._lock:
+                    self._lose(str(error.strerror))
 
-    def _write_all(self, line: WireBody) -> None:
-        """Write the whole line, or take back what was written of it. Raises OSError."""
-        count = os.write(self._fd, line)
-        if count == len(line):
-            return
-        written = count
-        with memoryview(line) as view:
-            try:
-                while written < len(line):
-                    with view[written:] as rest:
-                        written += os.write(self._fd, rest)
-            except OSError:
-                self._take_back(written)
-                raise
+    # -- Failure and recovery; the lock is held ------------------------------------------------------------------
 
-    def _take_back(self, written: int) -> None:
-        """Cut a piece of a line off again; where that can't be done (a pipe), the next record closes it off."""
+    def _append(self, line: WireBody) -> bool:
+        """Append a line, in front of it the gap if there is one; False when it is lost and that is accepted."""
         try:
-            if not self._regular:
-                raise OSError
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
-        except OSError:
-            self._torn = True
-
-    def _close_gap(self) -> None:
-        line = event_record(time.time(), "gap", Lost=self._lost)
-        try:
-            self._write_all(b"\n" + line if self._torn else line)
+            if self._broken:
+                self._replace()
+            if self._lost:
+                self._file.append(self._form.event(time.time(), "gap", {"Lost": self._lost, "Since": self._since}))
+                self._lost = 0
+                say(f"the audit log {self._file.path} can be written again")
+            self._file.append(line)
         except OSError as error:
-            self._lose(error)
-        self._torn = False
-        self._lost = 0
-        say(f"the audit log {self.path} can be written again")
+            return self._lose(str(error.strerror))
+        except StartError as error:
+            return self._lose(str(error))
+        self._written += 1
+        return True
 
-    def _lose(self, error: OSError) -> NoReturn:
+    def _lose(self, reason: str) -> bool:
         if not self._lost:
-            say(f"the audit log {self.path} can't be written: {error.strerror}; requests are refused until it can")
+            blocked = "requests go on unrecorded" if self._config.audit_pass else "requests are refused"
+            say(f"the audit log {self._file.path} can't be written: {reason}; {blocked} until it can")
+            self._since = timestamp(time.time()).decode()
         self._lost += 1
-        raise AuditError("audit-unavailable", f"the audit record can't be written: {error.strerror}")
+        if self._config.audit_pass:
+            return False
+        raise AuditError("audit-unavailable", f"the audit record can't be written: {reason}")
+
+    def _replace(self) -> None:
+        """Open the file anew and use that from now on. Raises StartError, and the old one stays."""
+        fresh = LogFile(self._config.audit_log, self._shared, self._recovered, instead_of=self._file)
+        with contextlib.suppress(OSError):  # Its last lines are on the disk or they are not: the new file can't help.
+            if self._config.audit_sync:
+                os.fsync(self._file.fd)
+        self._file.close()
+        self._file = fresh
+        self._broken = False
+
+    # -- Called by the server's thread ---------------------------------------------------------------------------
+
+    def reopen(self) -> None:
+        """After a rotation: go on in the file that has the name now; if it can't be opened, stay in the old one."""
+        with self._lock:
+            try:
+                if not self._file.same_file():
+                    self._replace()
+            except StartError as error:
+                say(f"{error}; still writing to the old file")
+                return
+            with contextlib.suppress(AuditError):  # Counted; the next line that can be written tells of it.
+                self._append(self._form.event(time.time(), "reopen", {"Pid": os.getpid()}))
+
+    def check(self) -> None:
+        """Notice, about once a second, that somebody removed the file or cut it short, and put that on record."""
+        with self._lock, contextlib.suppress(AuditError):
+            missing = self._file.missing()
+            if missing == "removed":
+                self._broken = True
+            if missing is not None:
+                say(f"the audit log {self._file.path} was {missing} by somebody")
+                self._append(self._form.event(time.time(), missing, {}))
+
+    def snapshot(self) -> tuple[int, int]:
+        """How many lines were written, and a descriptor of its own (to be closed) of the file they are in."""
+        with self._lock:
+            return self._written, os.dup(self._file.fd)
+
+    def distrust(self) -> None:
+        """A sync failed: what this descriptor says from now on proves nothing (Linux reports an error once)."""
+        with self._lock:
+            self._broken = True
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._file.close()
 
 
-def _rejected(exchange: Exchange) -> bytes:
-    return b"" if exchange.rejected is None else b" Rejected: " + exchange.rejected.encode()
+class GroupCommit:
+    """fsync for whoever waits: one at a time, and it counts for all lines that were written before it began."""
+
+    def __init__(self, log: AuditLog) -> None:
+        self._log = log
+        self._turn = threading.Condition()  # guards the three below
+        self._syncing = False
+        self._done = 0  # lines up to this number are on the disk
+        self._failed = 0  # a sync failed while lines up to this number were not: no later one makes that good
+
+    def commit(self, number: int) -> None:
+        """Return when line `number` is on the disk. Raises OSError when it may never be."""
+        with self._turn:
+            while self._done < number:
+                if number <= self._failed:
+                    raise OSError(errno.EIO, "an fsync of the log failed")
+                if self._syncing:
+                    self._turn.wait()
+                else:
+                    self._sync()
+
+    def _sync(self) -> None:
+        """Sync without holding the lock, for all who have come so far."""
+        self._syncing = True
+        self._turn.release()
+        number, fd = self._log.snapshot()
+        try:
+            os.fsync(fd)
+            failed = False
+        except OSError:
+            self._log.distrust()
+            number, other = self._log.snapshot()  # Lines written meanwhile share the doubt.
+            os.close(other)
+            failed = True
+        finally:
+            os.close(fd)
+            self._turn.acquire()
+            self._syncing = False
+            self._turn.notify_all()
+        if failed:
+            self._failed = number
+        else:
+            self._done = number
 
 
-def _base64_steps(body: Body) -> Iterator[bytes]:
-    """Base64 of a whole body in a file, in steps."""
-    whole = body.whole()
-    assert isinstance(whole, mmap.mmap)
-    with whole, memoryview(whole) as view:
-        for start in range(0, body.size, _BASE64_STEP):
-            with view[start : start + _BASE64_STEP] as step:
-                yield binascii.b2a_base64(step, newline=False)
-
-
-def _cut(body: Body, limit: int) -> tuple[bytes, bytes]:
-    """The first `limit` bytes of a body, and the marks that tell of the rest."""
+def _cut(exchange: Exchange, body: Body, limit: int) -> Body:
+    """The first `limit` bytes of a body; the exchange learns the digest of all of it."""
     digest = hashlib.sha256()
-    prefix = b""
+    prefix = Body(MIB)
     for piece in body.pieces():
         digest.update(piece)
-        if len(prefix) < limit:
-            prefix += piece[: limit - len(prefix)]
-    return prefix, b" Body-Bytes: %d Body-SHA256: %b" % (body.size, digest.hexdigest().encode())
+        if prefix.size < limit:
+            prefix.append(piece[: limit - prefix.size])
+    exchange.body_sha256 = digest.hexdigest()
+    return prefix
 
 
 # == Upstream ===================================================================================================
@@ -2307,6 +2734,10 @@ class Relay:
         """A worker thread has nothing to do, or ends."""
         self.upstream.tidy(leaving)
 
+    def tick(self) -> None:
+        """About once a second: is the log still where it was?"""
+        self.audit.check()
+
     # -- The way of a request ------------------------------------------------------------------------------------
 
     def exchange(self, reply: Reply, exchange: Exchange, request: Request | None, refusal: ProxyError | None,
@@ -2316,7 +2747,7 @@ class Relay:
         try:
             if refusal is not None:
                 exchange.rejected = refusal.code
-            self.audit.request(exchange, body, received)
+            self.audit.request(exchange, request, received)
             if refusal is not None:
                 raise refusal
             assert request is not None
@@ -2485,6 +2916,17 @@ class Reply:
         self.stream.break_off()
 
 
+_MARKED = frozenset(
+    (
+        b"es-security-runas-user",
+        b"opendistro_security_impersonate_as",
+        b"forwarded",
+        b"x-forwarded-for",
+        b"x-opaque-id",
+    )
+)
+_DETAILS = {b"content-type": "http.request.mime_type", b"content-encoding": "http.request.headers.content_encoding"}
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")  # W3C Trace Context 3.2
 _TLS_EXPECTED, _TLS_BEGUN, _TLS_DONE = range(3)
 _OVERDUE = OverloadError("no-thread", "no thread became free in time; see --threads, or the upstream is too slow")
 _PLAIN_HTTP = RequestError("plain-http", "this port speaks TLS: use https:// (or start es-proxy with --tls)")
@@ -2497,8 +2939,10 @@ class Session:
     something to do. One thread at a time.
     """
 
-    __slots__ = ("deadline", "stream", "_relay", "_reader", "_source", "_refusal", "_tls_state", "_started",
-                 "_body_started", "_lingering", "_certificate_name", "_credentials", "_user")  # fmt: skip
+    __slots__ = (
+        "deadline", "stream", "_relay", "_reader", "_source", "_port", "_refusal", "_tls_state", "_tls", "_started",
+        "_body_started", "_lingering", "_certificate_name", "_credentials", "_user",
+    )  # fmt: skip
 
     def __init__(self, relay: Relay, sock: socket.socket, address: tuple[str, int], refusal: ProxyError | None) -> None:
         config = relay.config
@@ -2508,6 +2952,8 @@ class Session:
         self._reader = RequestReader(config.limits, config.max_body_bytes, relay.budget)
         host = address[0].removeprefix("::ffff:").partition("%")[0]  # IPv4 on an IPv6 socket; a link-local zone
         self._source = escape(host.encode())
+        self._port = address[1]
+        self._tls: dict[str, object] = {}  # what ECS records tell of the handshake
         self._refusal = refusal
         self._tls_state = _TLS_EXPECTED if relay.listener_tls is not None else _TLS_DONE
         self._started: float | None = None  # monotonic; the first byte of the request (or handshake) in hand
@@ -2597,11 +3043,26 @@ class Session:
         agent = value(b"user-agent")
         exchange = Exchange(self._source, self._identify(request), escape_agent(agent) if agent else b"")
         exchange.asks(request.method, request.target)
-        if len(request.values) > 2:  # more than Host and User-Agent
-            exchange.mark(b"Run-As", value(b"es-security-runas-user") or value(b"opendistro_security_impersonate_as"))
-            exchange.mark(b"Forwarded", value(b"forwarded") or value(b"x-forwarded-for"))
-            exchange.mark(b"Opaque-Id", value(b"x-opaque-id"))
+        if not _MARKED.isdisjoint(request.values):
+            run_as = value(b"es-security-runas-user") or value(b"opendistro_security_impersonate_as")
+            exchange.run_as = escape(run_as or b"")
+            exchange.forwarded = escape(value(b"forwarded") or value(b"x-forwarded-for") or b"")
+            exchange.opaque_id = escape(value(b"x-opaque-id") or b"")
+        if self._relay.config.audit_format == "ecs":
+            exchange.details = self._details(request)
         return exchange
+
+    def _details(self, request: Request) -> dict[str, object]:
+        """What only ECS records tell."""
+        details: dict[str, object] = {"source.port": self._port, "http.version": f"1.{request.minor}", **self._tls}
+        for name, key in _DETAILS.items():
+            text = request.value(name)
+            if text:
+                details[key] = readable(text)
+        parent = _TRACEPARENT.fullmatch(request.value(b"traceparent") or b"")
+        if parent:
+            details["trace.id"] = parent[1].decode()
+        return details
 
     def _identify(self, request: Request) -> bytes:
         credentials = request.value(b"authorization")
@@ -2681,6 +3142,8 @@ class Session:
             return False
         self._tls_state = _TLS_DONE
         self._certificate_name = self.stream.certificate_name()
+        if self._relay.config.audit_format == "ecs":
+            self._tls = self.stream.tls_facts()
         self._credentials = b""  # Whoever has no credentials is the certificate's subject from now on.
         return True
 
@@ -2744,6 +3207,9 @@ class Service(Protocol):
 
     def thread_idle(self, leaving: bool) -> None:
         """Called in a worker thread that has nothing to do, or ends."""
+
+    def tick(self) -> None:
+        """Called about once a second in the poller's thread."""
 
 
 class EpollPoller:
@@ -2950,6 +3416,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._accept_again: float | None = None  # monotonic; set while no connections are taken
         self._considered = (0.0, 0.0)  # monotonic and processor seconds when growing was last considered
         self._overdue: threading.Thread | None = None
+        self._tasks: collections.deque[Callable[[], None]] = collections.deque()
         self._stopping = 0  # how often `stop` was called
         self._full = Notice(60.0)
         self.address_family, address = _resolve(config)
@@ -2987,11 +3454,19 @@ class Server(socketserver.ThreadingTCPServer):
         finally:
             self._end()
 
+    def call(self, task: Callable[[], None]) -> None:
+        """From any thread or a signal handler: have the poller's thread do something."""
+        self._tasks.append(task)
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # Full, or closed: it has been heard.
+            self._mouth.send(b"!")
+
     def stop(self) -> None:
         """From any thread or a signal handler: stop; a second time: at once."""
         self._stopping += 1
-        with contextlib.suppress(OSError):  # Full, or closed: it has been heard.
-            self._mouth.send(b"!")
+        self._ring()
 
     def _turns_until(self, done: Callable[[], bool]) -> None:
         next_sweep = 0.0
@@ -3016,11 +3491,17 @@ class Server(socketserver.ThreadingTCPServer):
             elif fd == listener:
                 self._accept()
             elif fd == ear:
-                self._ear.recv(64)
-                self._poller.arm(ear)
+                self._hear()
         self._grow()
         if self._accept_again is not None and time.monotonic() >= self._accept_again:
             self._accept()
+
+    def _hear(self) -> None:
+        """Somebody rang: do what was asked for."""
+        self._ear.recv(64)
+        self._poller.arm(self._ear.fileno())
+        while self._tasks:
+            self._tasks.popleft()()
 
     def _accept(self) -> None:
         """Take what waits at the listener; when there is no room, look again after a pause instead of spinning."""
@@ -3065,6 +3546,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def _sweep(self, now: float) -> None:
         """Hand out sessions whose deadline has passed, and those that have waited too long for a worker."""
+        self.service.tick()
         for fd, session in list(self._parked.items()):
             if session.deadline <= now and self._parked.pop(fd, None) is session:
                 self._poller.disarm(fd)
@@ -3162,6 +3644,10 @@ class Server(socketserver.ThreadingTCPServer):
             worker.join(deadline.remaining())
         for session in list(self._sessions):
             session.close()
+        self.release()
+
+    def release(self) -> None:
+        """Close what the constructor opened."""
         self.server_close()
         self._poller.close()
         self._ear.close()
@@ -3197,7 +3683,7 @@ class Proxy:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.audit = AuditLog(config.audit_log, config.audit_body_bytes)
+        self.audit = AuditLog(config)
         try:
             self.relay = Relay(config, self.audit)
             self.server = Server(config, self.relay)
@@ -3210,11 +3696,9 @@ class Proxy:
         """Serve until `stop`, in the calling thread, then close everything. Raises StartError."""
         try:
             try:
-                self.audit.event("start", Version=__version__, Config_SHA256=self.config.digest(), Pid=os.getpid())
-                if self.config.upstream_tls and self.config.insecure:
-                    self.audit.event("insecure-upstream")
+                self._begin()
             except AuditError as error:
-                self.server.server_close()
+                self.server.release()
                 raise StartError(f"--audit-log {self.config.audit_log}: {error.reason}") from None
             say(self.description())
             self.server.serve_forever()
@@ -3222,6 +3706,17 @@ class Proxy:
                 self.audit.event("stop", Pid=os.getpid())
         finally:
             self.audit.close()
+
+    def _begin(self) -> None:
+        """The first lines of the log; AuditError when there can be none."""
+        config = self.config
+        facts = {"Version": __version__, "Config-SHA256": config.digest(), "Pid": os.getpid()}
+        if not self.audit.event("start", **facts):
+            raise AuditError("audit-unavailable", "it can't be written")
+        if config.upstream_tls and config.insecure:
+            self.audit.event("insecure-upstream")
+        if not config.redact:
+            self.audit.event("no-redact")
 
     def description(self) -> str:
         """One line: what listens where, upstream, TLS, log."""
@@ -3243,6 +3738,10 @@ class Proxy:
             f" http{'s' * config.upstream_tls}://{upstream}{trust}, audit log {log}"
         )
 
+    def reopen(self) -> None:
+        """From any thread or a signal handler: go on in the file that has the log's name now."""
+        self.server.call(self.audit.reopen)
+
     def stop(self) -> None:
         """From any thread or a signal handler: finish what is in flight; a second time: at once."""
         self.server.stop()
@@ -3257,6 +3756,7 @@ def run(config: Config) -> int:
     proxy = Proxy(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: proxy.stop())
+    signal.signal(signal.SIGHUP, lambda *_: proxy.reopen())
     proxy.serve()
     return 0
 
@@ -3343,9 +3843,22 @@ def _parser() -> argparse.ArgumentParser:
     audit = parser.add_argument_group("audit log")
     add = audit.add_argument
     add("--audit-log", metavar="PATH", default="-", help="where records go (default: -, standard output)")
-    add("--audit-format", choices=("text",), default="text", help="form of the records (default: %(default)s)")
+    add("--audit-format", choices=tuple(FORMS), default="text", help="form of the records (default: %(default)s)")
     add("--audit-body", metavar="full|none|SIZE", dest="audit_body_bytes", type=body_size, default="full",
         help="how much of a request body is recorded (default: full)")  # fmt: skip
+    add(
+        "--audit-on-failure",
+        choices=("block", "pass"),
+        default="block",
+        help="a record can't be written: refuse the request, or relay it and count the loss (default: %(default)s)",
+    )
+    add(
+        "--audit-sync",
+        choices=("none", "always"),
+        default="none",
+        help="fsync each request's record before forwarding (default: %(default)s)",
+    )
+    add("--no-redact", action="store_true", help="record secrets in bodies too")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     add("--threads", metavar="N", type=count, default=256, help="most requests in flight (default: %(default)s)")
@@ -3366,7 +3879,9 @@ def parse_args(argv: list[str]) -> Config:
     parser = _parser()
     words = vars(parser.parse_args(argv))
     no_tls, tls = words.pop("no_tls"), words.pop("tls")
-    words.pop("audit_format")
+    words["audit_pass"] = words.pop("audit_on_failure") == "pass"
+    words["audit_sync"] = words.pop("audit_sync") == "always"
+    words["redact"] = not words.pop("no_redact")
     if no_tls and tls not in (None, "none"):
         parser.error(f"argument --no-tls: contradicts --tls {tls}")
     tls = "none" if no_tls else tls or "both"
