@@ -112,6 +112,7 @@ import dataclasses
 import enum
 import errno
 import fcntl
+import functools
 import hashlib
 import http.client
 import ipaddress
@@ -315,6 +316,7 @@ class Config:
     audit_pass: bool = False  # When a record can't be written: relay and count the loss, instead of refusing (503).
     audit_sync: bool = False  # fsync before a request is forwarded: survives a power failure, costs one per group.
     audit_body_bytes: int | None = None  # Bytes of a request body that are recorded; None: all of it.
+    workers: int = 1  # Processes that serve; one Python process uses little more than one processor.
     threads: int = 256  # Most requests in flight; each holds a thread and a connection to the upstream.
     max_connections: int = 0  # Most client connections; 0: as many as the file descriptors allow.
     max_body_bytes: int = 100 * MIB  # Elasticsearch's http.max_content_length. Larger: 413.
@@ -1976,23 +1978,57 @@ FORMS = {
 # -- The log -----------------------------------------------------------------------------------------------------
 
 
+class Gate:
+    """Lets one process at a time append to the log, and tells the next one when the last died in the middle of a line.
+
+    Made before the processes are forked, which inherit it. Within a process AuditLog's lock comes first.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="es-proxy-")
+        self._flag = mmap.mmap(-1, 1)  # shared by all: 1 while a line is being written
+
+    def __enter__(self) -> bool:
+        """Wait for the turn; True when the last line may be torn."""
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        torn = self._flag[0] != 0
+        self._flag[0] = 1
+        return torn
+
+    def __exit__(self, *_: object) -> None:
+        self._flag[0] = 0
+        fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Release it."""
+        self._file.close()
+        self._flag.close()
+
+
 class LogFile:
     """The file, pipe or terminal that lines are appended to, each whole or not at all. For one thread at a time.
 
-    `shared` says that other processes append to the same file, `recovered` makes the line that tells of a torn one.
+    `gate` is there when other processes append to the same file; of those only the first is to `claim` it. `recovered`
+    makes the line that tells of a torn one.
     Raises StartError when it can't be opened as a safe place, OSError when a line can't be appended.
     """
 
     def __init__(
-        self, path: str, shared: bool, recovered: Callable[[], bytes], instead_of: LogFile | None = None
+        self,
+        path: str,
+        recovered: Callable[[], bytes],
+        gate: Gate | None = None,
+        claim: bool = True,
+        instead_of: LogFile | None = None,
     ) -> None:
         self.path = path
         self.regular = False  # a file, not a pipe or a terminal
-        self._shared = shared
+        self._gate = gate
+        self._claims = claim
         self._recovered = recovered
         self._torn = False  # a piece of a line stands at the end and could not be dealt with
         self._instead_of = instead_of  # the one this replaces: its lock is ours
-        self._end = 0  # offset behind our last line, in a file that only we append to
+        self._end = 0  # its size when `missing` last looked
         self.fd = self._open_stdout() if path in ("-", "/dev/stdout") else self._open()
 
     @staticmethod
@@ -2037,10 +2073,10 @@ class LogFile:
             raise self._unfit("everyone may write to its directory and put another file in its place; chmod o-w that")
         if folder.st_mode & stat.S_IWOTH and status.st_uid != os.geteuid():
             raise self._unfit("it lies in a directory for everyone and belongs to another user")
-        self._claim(fd)
         self._end = status.st_size
-        if status.st_size:
-            self._close_torn_tail(fd, status.st_size)
+        if self._claims:
+            self._claim(fd)
+            self._close_torn_tail(fd)
 
     def _claim(self, fd: int) -> None:
         old = self._instead_of
@@ -2051,26 +2087,39 @@ class LogFile:
         except OSError:
             raise self._unfit("another es-proxy is writing it, give each its own file") from None
 
-    def _close_torn_tail(self, fd: int, size: int) -> None:
+    def _close_torn_tail(self, fd: int) -> None:
         """End a last line that a crash or a full disk left unfinished, so that the next record has its own."""
+        size = os.fstat(fd).st_size
+        if not size:
+            return
         with open(self.path, "rb") as file:
             file.seek(size - 1)
             if file.read(1) == b"\n":
                 return
-        self._end += os.write(fd, b"\n" + self._recovered())
+        os.write(fd, b"\n" + self._recovered())
         say(f"{self.path} ended in the middle of a line (a crash, or a full disk); closed it off")
 
     def append(self, line: WireBody) -> None:
         """Write the whole line, or take back what was written of it. Raises OSError."""
+        if self._gate is None:
+            self._append(line)
+            return
+        with self._gate as torn:
+            if torn and self.regular:
+                self._close_torn_tail(self.fd)
+            elif torn:
+                self._torn = True
+            self._append(line)
+
+    def _append(self, line: WireBody) -> None:
         if self._torn:
             os.write(self.fd, b"\n")
             self._torn = False
         written = os.write(self.fd, line)
         if written < len(line):
-            written = self._append_rest(line, written)
-        self._end += written
+            self._append_rest(line, written)
 
-    def _append_rest(self, line: WireBody, written: int) -> int:
+    def _append_rest(self, line: WireBody, written: int) -> None:
         with memoryview(line) as view:
             try:
                 while written < len(line):
@@ -2079,12 +2128,11 @@ class LogFile:
             except OSError:
                 self._take_back(written)
                 raise
-        return written
 
     def _take_back(self, written: int) -> None:
         """Cut a piece of a line off again; where that can't be done (a pipe), the next line closes it off."""
         try:
-            if not self.regular or self._shared:
+            if not self.regular:
                 raise OSError
             os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
         except OSError:
@@ -2097,10 +2145,8 @@ class LogFile:
         status = os.fstat(self.fd)
         if not status.st_nlink:
             return "removed"
-        if status.st_size < self._end and not self._shared:
-            self._end = status.st_size
-            return "truncated"
-        return None
+        before, self._end = self._end, status.st_size
+        return "truncated" if status.st_size < before and self._claims else None
 
     def same_file(self) -> bool:
         """Whether the path still names the file that is open."""
@@ -2122,12 +2168,12 @@ class AuditLog:
     was lost is told by an `Event: gap` line in front of the first line that can be written again.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, gate: Gate | None = None, claim: bool = True) -> None:
         self._config = config
         self._form = FORMS[config.audit_format]
-        self._shared = False
+        self._open = functools.partial(LogFile, config.audit_log, self._recovered, gate, claim)
         self._lock = threading.Lock()  # guards all below
-        self._file = LogFile(config.audit_log, self._shared, self._recovered)
+        self._file = self._open()
         self._broken = False  # the descriptor is of no use any more, the next line needs another
         self._lost = 0  # records since the last line that was written
         self._since = ""  # timestamp of the first of them
@@ -2237,7 +2283,7 @@ class AuditLog:
 
     def _replace(self) -> None:
         """Open the file anew and use that from now on. Raises StartError, and the old one stays."""
-        fresh = LogFile(self._config.audit_log, self._shared, self._recovered, instead_of=self._file)
+        fresh = self._open(instead_of=self._file)
         with contextlib.suppress(OSError):  # Its last lines are on the disk or they are not: the new file can't help.
             if self._config.audit_sync:
                 os.fsync(self._file.fd)
@@ -3403,10 +3449,7 @@ class Server(socketserver.ThreadingTCPServer):
     handshake inside accept, and `shutdown`, which deadlocks when a signal handler calls it in the serving thread.
     """
 
-    allow_reuse_address = True
-    request_queue_size = LISTEN_BACKLOG
-
-    def __init__(self, config: Config, service: Service) -> None:
+    def __init__(self, config: Config, service: Service, listener: socket.socket) -> None:
         self._config = config
         self.service = service
         self.ready = Ready()
@@ -3417,16 +3460,12 @@ class Server(socketserver.ThreadingTCPServer):
         self._considered = (0.0, 0.0)  # monotonic and processor seconds when growing was last considered
         self._overdue: threading.Thread | None = None
         self._tasks: collections.deque[Callable[[], None]] = collections.deque()
+        self._lifeline = -1
         self._stopping = 0  # how often `stop` was called
         self._full = Notice(60.0)
-        self.address_family, address = _resolve(config)
-        try:
-            super().__init__(address, socketserver.BaseRequestHandler)
-        except OSError as error:
-            raise StartError(
-                f"can't listen on {config.listen_host} port {config.listen_port}: {error.strerror or error}"
-            ) from None
-        self.socket.setblocking(False)
+        super().__init__(listener.getsockname(), socketserver.BaseRequestHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
         self._ear, self._mouth = socket.socketpair()  # `stop` is heard by the poller through it
         self._mouth.setblocking(False)
         self._poller = SelectorPoller() if config.portable or not hasattr(select, "epoll") else EpollPoller()
@@ -3445,19 +3484,27 @@ class Server(socketserver.ThreadingTCPServer):
 
     def serve_forever(self, poll_interval: float = 0.0) -> None:  # noqa: ARG002  socketserver's signature
         """Accept, park and hand out until `stop`; then finish what is in flight, within --drain."""
-        self._start_workers(min(THREADS_AT_START, self._config.threads))
         self._poller.add(self._ear.fileno())
         self._poller.add(self.socket.fileno())
         try:
             self._turns_until(lambda: self._stopping > 0)
             self._drain()
         finally:
-            self._end()
+            self.end()
+
+    def start(self) -> None:
+        """Start the first workers. Raises StartError."""
+        self._start_workers(min(THREADS_AT_START, self._config.threads))
 
     def call(self, task: Callable[[], None]) -> None:
         """From any thread or a signal handler: have the poller's thread do something."""
         self._tasks.append(task)
         self._ring()
+
+    def stop_when_closed(self, fd: int) -> None:
+        """Stop when this pipe's other end is closed: the process that holds it has died."""
+        self._lifeline = fd
+        self._poller.add(fd)
 
     def _ring(self) -> None:
         with contextlib.suppress(OSError):  # Full, or closed: it has been heard.
@@ -3492,6 +3539,8 @@ class Server(socketserver.ThreadingTCPServer):
                 self._accept()
             elif fd == ear:
                 self._hear()
+            elif fd == self._lifeline:
+                self._stopping += 1
         self._grow()
         if self._accept_again is not None and time.monotonic() >= self._accept_again:
             self._accept()
@@ -3635,8 +3684,8 @@ class Server(socketserver.ThreadingTCPServer):
                 if worker.session is not None:
                     worker.session.cut()
 
-    def _end(self) -> None:
-        """Let the workers go and release what the loop used."""
+    def end(self) -> None:
+        """Let the workers go and release everything."""
         workers = list(self.workers)
         self.ready.dismiss()
         deadline = Deadline(1.0)
@@ -3644,10 +3693,6 @@ class Server(socketserver.ThreadingTCPServer):
             worker.join(deadline.remaining())
         for session in list(self._sessions):
             session.close()
-        self.release()
-
-    def release(self) -> None:
-        """Close what the constructor opened."""
         self.server_close()
         self._poller.close()
         self._ear.close()
@@ -3657,15 +3702,19 @@ class Server(socketserver.ThreadingTCPServer):
 _CROWDED = OverloadError("too-many-connections", "too many connections are open; see --max-connections")
 
 
-def _resolve(config: Config) -> tuple[socket.AddressFamily, tuple[str, int]]:
-    """The address to listen on. Raises StartError."""
+def listen(config: Config) -> socket.socket:
+    """The listening socket, non-blocking. Raises StartError."""
+    where = f"{config.listen_host} port {config.listen_port}"
     try:
-        found = socket.getaddrinfo(config.listen_host, config.listen_port, type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)  # fmt: skip
+        found = socket.getaddrinfo(
+            config.listen_host, config.listen_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, _, _, _, address = found[0]
+        listener = socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG)
     except (OSError, UnicodeError) as error:
-        raise StartError(f"LOCAL_HOST {config.listen_host} is no address of this machine: {error}") from None
-    family, _, _, _, address = found[0]
-    return family, (str(address[0]), int(address[1]))
+        raise StartError(f"can't listen on {where}: {getattr(error, 'strerror', None) or error}") from None
+    listener.setblocking(False)
+    return listener
 
 
 def descriptors_for_connections(config: Config) -> int:
@@ -3675,18 +3724,33 @@ def descriptors_for_connections(config: Config) -> int:
 
 
 # == Supervisor =================================================================================================
-# One running proxy from start to end: opens the log, listens, reacts to signals. Run by the main thread.
+# Running proxies from start to end: opens the log, listens, forks, reacts to signals. Run by the main thread of each
+# process; the only room that knows there is more than one.
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What the processes of one proxy have in common, made before they are forked."""
+
+    listener: socket.socket
+    gate: Gate
+    lifeline: int  # read end of a pipe that the first process holds open as long as it lives
+    ready: int  # write end of a pipe; a byte says that one more process serves
 
 
 class Proxy:
-    """Everything that a Config stands for. Raises StartError when it can't be served."""
+    """Everything that a Config stands for, in one process. Raises StartError when it can't be served.
 
-    def __init__(self, config: Config) -> None:
+    With a `share` it is one of several: the first process says and records when they start and stop.
+    """
+
+    def __init__(self, config: Config, share: Share | None = None) -> None:
         self.config = config
-        self.audit = AuditLog(config)
+        self._share = share
+        self.audit = AuditLog(config) if share is None else AuditLog(config, share.gate, claim=False)
         try:
             self.relay = Relay(config, self.audit)
-            self.server = Server(config, self.relay)
+            self.server = Server(config, self.relay, listen(config) if share is None else share.listener)
         except BaseException:
             self.audit.close()
             raise
@@ -3696,47 +3760,25 @@ class Proxy:
         """Serve until `stop`, in the calling thread, then close everything. Raises StartError."""
         try:
             try:
+                self.server.start()
                 self._begin()
-            except AuditError as error:
-                self.server.release()
-                raise StartError(f"--audit-log {self.config.audit_log}: {error.reason}") from None
-            say(self.description())
+            except BaseException:
+                self.server.end()
+                raise
             self.server.serve_forever()
-            with contextlib.suppress(AuditError):  # Counted; there is nobody left to tell.
-                self.audit.event("stop", Pid=os.getpid())
+            if self._share is None:
+                with contextlib.suppress(AuditError):  # Counted; there is nobody left to tell.
+                    self.audit.event("stop", Pid=os.getpid())
         finally:
             self.audit.close()
 
     def _begin(self) -> None:
-        """The first lines of the log; AuditError when there can be none."""
-        config = self.config
-        facts = {"Version": __version__, "Config-SHA256": config.digest(), "Pid": os.getpid()}
-        if not self.audit.event("start", **facts):
-            raise AuditError("audit-unavailable", "it can't be written")
-        if config.upstream_tls and config.insecure:
-            self.audit.event("insecure-upstream")
-        if not config.redact:
-            self.audit.event("no-redact")
-
-    def description(self) -> str:
-        """One line: what listens where, upstream, TLS, log."""
-        config = self.config
-        host, port = self.address
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        clients = "; client certificates required" if config.listen_tls and config.client_ca else ""
-        if not config.upstream_tls:
-            trust = ""
-        elif config.insecure:
-            trust = " (NOT VERIFIED: --insecure)"
+        if self._share is None:
+            record_start(self.audit, self.config)
+            say(description(self.config, self.address))
         else:
-            anchor = f"pinned to {config.ca_fingerprint[:16]}..." if config.ca_fingerprint else config.ca
-            trust = f" (verified: {anchor or 'system store'})"
-        log = "standard output" if config.audit_log == "-" else config.audit_log
-        upstream = f"{config.upstream_host}:{config.upstream_port}"
-        return (
-            f"{__version__} listening on http{'s' * config.listen_tls}://{where}{clients}, upstream"
-            f" http{'s' * config.upstream_tls}://{upstream}{trust}, audit log {log}"
-        )
+            self.server.stop_when_closed(self._share.lifeline)
+            os.write(self._share.ready, b"!")
 
     def reopen(self) -> None:
         """From any thread or a signal handler: go on in the file that has the log's name now."""
@@ -3747,17 +3789,182 @@ class Proxy:
         self.server.stop()
 
 
+def record_start(audit: AuditLog, config: Config) -> None:
+    """The first lines of the log. Raises StartError when there can be none: nothing is served unrecorded."""
+    facts = {"Version": __version__, "Config-SHA256": config.digest(), "Pid": os.getpid()}
+    try:
+        written = audit.event("start", **facts)
+        if config.upstream_tls and config.insecure:
+            audit.event("insecure-upstream")
+        if not config.redact:
+            audit.event("no-redact")
+    except AuditError as error:
+        raise StartError(f"--audit-log {config.audit_log}: {error.reason}") from None
+    if not written:
+        raise StartError(f"--audit-log {config.audit_log}: it can't be written")
+
+
+def description(config: Config, address: tuple[str, int]) -> str:
+    """One line: what listens where, upstream, TLS, log."""
+    host, port = address
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    clients = "; client certificates required" if config.listen_tls and config.client_ca else ""
+    if not config.upstream_tls:
+        trust = ""
+    elif config.insecure:
+        trust = " (NOT VERIFIED: --insecure)"
+    else:
+        anchor = f"pinned to {config.ca_fingerprint[:16]}..." if config.ca_fingerprint else config.ca
+        trust = f" (verified: {anchor or 'system store'})"
+    log = "standard output" if config.audit_log == "-" else config.audit_log
+    workers = f", {config.workers} workers" if config.workers > 1 else ""
+    return (
+        f"{__version__} listening on http{'s' * config.listen_tls}://{where}{clients}, upstream"
+        f" http{'s' * config.upstream_tls}://{config.upstream_host}:{config.upstream_port}{trust},"
+        f" audit log {log}{workers}"
+    )
+
+
+class Supervisor:
+    """The first of several processes: it forks the others, which serve, and starts another for one that ends.
+
+    Raises StartError when it can't be served.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        if config.listen_tls:
+            listener_context(config)  # A bad certificate is said once, here, and not by every process.
+        self._gate = Gate()
+        self._audit = AuditLog(config, self._gate)
+        self._listener = listen(config)
+        self._lifeline, self._held = os.pipe()
+        self._ready, self._announce = os.pipe()
+        self._share = Share(self._listener, self._gate, self._lifeline, self._announce)
+        self._ear, self._mouth = socket.socketpair()  # signals arrive through it, a byte each
+        self._mouth.setblocking(False)
+        self._children: dict[int, float] = {}  # process id: monotonic time of its start
+        self._missing = 0  # processes to start again
+        self._stopping = 0  # how often we were told to
+
+    def serve(self) -> None:
+        """Serve until SIGTERM or SIGINT and until every process has ended. Raises StartError."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # What matters is the byte that set_wakeup_fd writes.
+        signal.set_wakeup_fd(self._mouth.fileno())
+        try:
+            record_start(self._audit, self._config)
+            for _ in range(self._config.workers):
+                self._fork()
+            self._wait_until_ready()
+            say(description(self._config, self._listener.getsockname()[:2]))
+            while self._children or not self._stopping:
+                self._turn()
+            with contextlib.suppress(AuditError):  # Counted; there is nobody left to tell.
+                self._audit.event("stop", Pid=os.getpid())
+        finally:
+            signal.set_wakeup_fd(-1)
+            self._end()
+
+    def _fork(self) -> None:
+        pid = os.fork()
+        if pid:
+            self._children[pid] = time.monotonic()
+            return
+        status = 1
+        try:
+            os.close(self._held)
+            signal.set_wakeup_fd(-1)
+            self._ear.close()
+            self._mouth.close()
+            status = serve(Proxy(self._config, self._share))
+        except StartError as error:
+            say(str(error))
+        except BaseException as bug:  # A traceback is of no use to an operator, and nothing may return into the parent.
+            say(f"internal error in worker {os.getpid()}: {type(bug).__name__}: {bug}; please report it")
+        finally:
+            os._exit(status)
+
+    def _wait_until_ready(self) -> None:
+        deadline = Deadline(30.0)
+        ready = 0
+        while ready < self._config.workers:
+            if select.select([self._ready], [], [], min(0.1, deadline.remaining()))[0]:
+                ready += len(os.read(self._ready, 64))
+            self._reap()
+            if self._missing or not deadline.remaining():
+                self._signal_all(signal.SIGTERM)
+                raise StartError("a worker process did not start; the lines above say why")
+
+    def _turn(self) -> None:
+        """Wait a second, or for a signal, and see to it."""
+        if select.select([self._ear], [], [], 1.0)[0]:
+            for number in self._ear.recv(64):
+                self._react(number)
+        self._reap()
+        self._audit.check()
+        while self._missing and not self._stopping:
+            self._missing -= 1
+            self._fork()
+
+    def _react(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self._stopping += 1
+            self._signal_all(signal.SIGTERM)
+        elif number == signal.SIGHUP:
+            self._audit.reopen()  # Ours first: it claims the new file for all.
+            self._signal_all(signal.SIGHUP)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for pid in self._children:
+            with contextlib.suppress(ProcessLookupError):  # It has just ended and is reaped next.
+                os.kill(pid, number)
+
+    def _reap(self) -> None:
+        while self._children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            lived = time.monotonic() - self._children.pop(pid)
+            if self._stopping:
+                continue
+            code = os.waitstatus_to_exitcode(status)
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+            say(f"worker {pid} {how} after {lived:.0f} seconds; another is started")
+            with contextlib.suppress(AuditError):  # Counted.
+                self._audit.event("worker-lost", Pid=pid)
+            self._missing += 1
+
+    def _end(self) -> None:
+        for pid in list(self._children):
+            os.waitpid(pid, 0)
+        self._audit.close()
+        self._gate.close()
+        for thing in (self._listener, self._ear, self._mouth):
+            thing.close()
+        for fd in (self._lifeline, self._held, self._ready, self._announce):
+            os.close(fd)
+
+
+def serve(proxy: Proxy) -> int:
+    """Serve in this process until SIGTERM or SIGINT; the exit status. Raises StartError."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: proxy.stop())
+    signal.signal(signal.SIGHUP, lambda *_: proxy.reopen())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    proxy.serve()
+    return 0
+
+
 def run(config: Config) -> int:
-    """Serve in this process until SIGTERM or SIGINT; the exit status."""
+    """Serve with --workers processes until SIGTERM or SIGINT; the exit status. Raises StartError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         with contextlib.suppress(OSError, ValueError):  # Fewer connections then; the limit follows from what there is.
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    proxy = Proxy(config)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: proxy.stop())
-    signal.signal(signal.SIGHUP, lambda *_: proxy.reopen())
-    proxy.serve()
+    if config.workers == 1:
+        return serve(Proxy(config))
+    Supervisor(config).serve()
     return 0
 
 
@@ -3793,6 +4000,13 @@ def count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def workers(text: str) -> int:
+    """A number of processes; `auto` is the number of processors this process may use."""
+    if text == "auto":
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return count(text)
 
 
 def seconds(text: str) -> float:
@@ -3861,6 +4075,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-redact", action="store_true", help="record secrets in bodies too")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
+    add("--workers", metavar="N|auto", type=workers, default=1,
+        help="processes; auto: one a processor (default: %(default)s)")  # fmt: skip
     add("--threads", metavar="N", type=count, default=256, help="most requests in flight (default: %(default)s)")
     add("--max-connections", metavar="N", type=count, default=0,
         help="most client connections (default: what the file descriptors allow)")  # fmt: skip
