@@ -60,14 +60,30 @@ Marks come at the end, only where something is out of the ordinary, in this orde
                 Forwarded: VALUE   an X-Forwarded-For or Forwarded header (relayed, not believed)
                 Opaque-Id: ID      the client's X-Opaque-Id
                 Body-Bytes: N Body-SHA256: HEX   of the whole body, where Body is cut by --audit-body
-                Rejected: CODE     not forwarded; Body holds what was received, at most 16 KiB, headers that carry
-                                   credentials blanked
+                Redacted: N        values in the recorded body or query that are known to be secrets were replaced by
+                                   ::es_redacted::, in the record only
+                Rejected: CODE     not forwarded; Body holds what was received, at most 16 KiB, without what may be
+                                   a credential
     response    Error: CODE        what went wrong (see "Error codes" in README)
                 Attempts: N        more than one connection to the upstream was tried
                 Sent: N            bytes of the body delivered when the client left early
 
-The log has lines without an ID too: `TIMESTAMP Event: NAME ...` with start, stop, gap (records were lost),
-recovered (a torn last line was closed off), insecure-upstream.
+The log has lines without an ID too: `TIMESTAMP Event: NAME ...` with start, stop, reopen (after a rotation), gap (Lost
+records since Since could not be written), recovered (a torn last line was closed off), removed and truncated (somebody
+did that to the file), worker-lost, insecure-upstream, no-redact.
+
+With --audit-format ecs each of these lines is a JSON object in Elastic Common Schema instead, with flat dotted keys;
+bytes that are no UTF-8, and backslashes, are \\xHH in its strings.
+
+The log file
+============
+1. kill -HUP goes on in the file that has the log's name now: rename it, then send the signal (logrotate does). If the
+   new one can't be opened, the old one stays in use.
+2. When a record can't be written, the request is refused with 503 and nothing goes upstream; it recovers by itself, and
+   an `Event: gap` is on record. With --audit-on-failure pass requests are relayed all the same, and counted.
+3. A record survives the death of this process once it is written, a power failure only with --audit-sync always: then
+   each request's record is on the disk before the request is forwarded; requests that wait together share an fsync.
+4. With --workers N that many processes share the listener and the log. One that ends is replaced.
 
 Promises
 ========
@@ -120,6 +136,7 @@ import itertools
 import json
 import mmap
 import os
+import posixpath
 import re
 import resource
 import select
@@ -135,8 +152,9 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, NoReturn, Protocol
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 # == Constants ==================================================================================================
 # What is fixed: sizes in bytes and times in seconds, the unit in each name, with whose precedent it follows.
@@ -1618,8 +1636,10 @@ def identify(authorization: bytes | None, certificate_name: bytes | None) -> byt
 
 
 def _base64(text: bytes) -> bytes | None:
+    """Base64 with or without its padding, as Java reads it; None for anything else (binascii skips what it can't read)."""
+    padded = text if text.endswith(b"=") else text + b"=" * (-len(text) % 4)
     try:
-        return binascii.a2b_base64(text) if _BASE64.fullmatch(text) else None  # By itself it skips what it can't read.
+        return binascii.a2b_base64(padded) if _BASE64.fullmatch(padded) else None
     except ValueError:
         return None
 
@@ -1653,7 +1673,7 @@ def _service_account(token: bytes) -> bytes | None:
     """Elasticsearch's service account token: 0x00 0x01 0x00 0x01, `namespace/service/token:secret`, in Base64."""
     if not token.startswith(b"AAEAA"):
         return None
-    decoded = _base64(token + b"=" * (-len(token) % 4)) or b""
+    decoded = _base64(token) or b""
     name, colon, _ = decoded[4:].partition(b":")
     return b"service:" + name if decoded[:4] == b"\0\1\0\1" and colon and name.count(b"/") == 2 else None
 
@@ -1664,7 +1684,7 @@ def _jwt(token: bytes) -> bytes | None:
     if len(parts) != 3:
         return None
     text = parts[1].translate(bytes.maketrans(b"-_", b"+/"))
-    decoded = _base64(text + b"=" * (-len(text) % 4))
+    decoded = _base64(text)
     try:
         subject = json.loads(decoded or b"").get("sub")
     except (ValueError, AttributeError, RecursionError):
@@ -1686,16 +1706,653 @@ _SCHEMES: dict[bytes, Callable[[bytes], bytes | None]] = {
 }
 
 # -- Secrets -----------------------------------------------------------------------------------------------------
+# Works on bytes alone and forwards nothing: what it returns is recorded, the upstream gets the original. Whatever it
+# can't read it replaces whole: Elasticsearch's own reader is more lenient (comments, UTF-16, other formats), so only
+# strict JSON in UTF-8 is certain to mean the same to both. It does not look at the method: a body is a body.
 
-PLACEHOLDER = b"::es_redacted::"  # Elasticsearch's own
-_CREDENTIAL_FIELD = re.compile(
-    rb"((?:authorization|authentication|cookie)[^\r\n:]*:)[^\r\n]*(?:[\r\n]+[ \t][^\r\n]*)*", re.IGNORECASE
+PLACEHOLDER = b"::es_redacted::"  # Elasticsearch's own, in GET responses
+MAX_PARSE_BYTES = 2 * MIB  # A body that is parsed, or one line of a compressed _bulk; larger is replaced whole.
+MAX_INFLATED_BYTES = 256 * MIB  # A compressed _bulk beyond it is replaced whole; Elasticsearch takes 100 MiB, inflated.
+
+_QUOTED = b'"' + PLACEHOLDER + b'"'  # What stands for a value, a line of _bulk or a body: JSON either way.
+_STEP_BYTES = MIB  # Piece in which bodies are inflated and recorded.
+_ACTION_BYTES = 64 * 1024  # An action line of _bulk that is parsed. Real ones have 100 bytes.
+_PATH_CHARS = 1024  # Of a field's dotted path. Real ones have 100; a bound keeps the cost linear in the body.
+_DECODINGS = 3  # %255f is %5f is _: how often a path is percent-decoded. Nothing in front of a cluster does more.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Redaction:
+    """What to record instead of a body: `pieces` may be iterated again as long as the body lives; `count` is >= 1."""
+
+    pieces: Iterable[bytes]
+    count: int  # values replaced
+
+
+class _UnreadableError(Exception):
+    """A body that can't be understood for certain, so nothing of it may be recorded."""
+
+
+_WHOLE = Redaction((_QUOTED,), 1)
+
+# The table. Fields are matched against the dotted path of a value, the end of it at any depth, so a key may be flat or
+# nested; `*` stands for anything; `name.` means name only where it isn't an object. Case and `_` don't count, because
+# old versions took camel case too (queryString). A path is matched after `_readings`.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Row:
+    begin: bytes  # what its paths begin with, literally
+    path: re.Pattern[bytes]
+    suffixes: tuple[str, ...]
+    globs: tuple[tuple[str, ...], ...]  # what stands between the stars
+
+
+def _fold(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def _row(begin: bytes, path_end: bytes, fields: str) -> _Row:
+    patterns = [tuple(_fold("." + field).split("*")) for field in fields.split()]
+    return _Row(
+        begin,
+        re.compile(re.escape(begin) + path_end, re.DOTALL),
+        tuple(parts[0] for parts in patterns if len(parts) == 1),
+        tuple(parts for parts in patterns if len(parts) > 1),
+    )
+
+
+_TABLE = (
+    _row(b"/_security/user/", rb".+", "password password_hash"),
+    _row(
+        b"/_security/oauth2/token",
+        rb".*",
+        "password kerberos_ticket refresh_token token service_account_token",
+    ),
+    _row(
+        b"/_security/api_key/",
+        rb"(?:grant|clone|_bulk_grant)",
+        "password access_token api_key. client_authentication.value",  # grant's api_key is an object, and no secret
+    ),
+    _row(b"/_security/profile/_activate", rb"", "password access_token client_authentication.value"),
+    _row(b"/_security/saml/", rb".+", "content token refresh_token query_string"),
+    _row(b"/_security/oidc/", rb".+", "redirect_uri token refresh_token"),
+    _row(b"/_security/delegate_pki", rb"", "x509_certificate_chain"),
+    _row(b"/_security/named_credentials/", rb".+", "auth"),
+    _row(b"/_nodes", rb"(?:/.*)?/reload_secure_settings", "secure_settings_password"),
+    _row(b"/_reindex", rb".*", "source.remote.password source.remote.api_key source.remote.headers.*"),
+    _row(
+        b"/_watcher/watch/",
+        rb".+",
+        "auth.basic.password *input*.headers.* *input*.params.* actions*.headers.* actions*.params.*"
+        " watch*.headers.* watch*.params.*",
+    ),
+    _row(
+        b"/_inference/",
+        rb".+",
+        "service_settings.api_key service_settings.access_key service_settings.secret_key"
+        " service_settings.service_account_json service_settings.entra_id service_settings.client_secret"
+        " service_settings.secret_parameters.*",
+    ),
+    _row(b"/_snapshot/", rb".+", "settings*access_key settings*secret_key"),  # userinfo in URLs goes everywhere
+    _row(
+        b"/_query/data",  # beyond S3's two keys: session_token, Azure's key and sas_token, ...
+        rb"(?:_source|set)/.+",
+        "settings.*key settings.*token settings.*secret* settings.*password* settings.credentials"
+        " settings.connection_string",
+    ),
+    _row(b"/_fleet/secret", rb".*", "value"),
+    _row(b"/_connector/_secret", rb".*", "value"),
+    _row(b"/_connector/", rb".+/_configuration", "configuration.*.value values.*"),
+    _row(b"/_cluster/settings", rb"", "*password* *secret* *token*"),
+    _row(b"/_license", rb"", "signature"),
+    _row(b"/_plugins/_security/api/", rb"(?:internalusers|user).*", "password hash value"),  # value: JSON Patch
+    _row(b"/_plugins/_security/api/account", rb"", "current_password password"),
+    _row(
+        b"/_plugins/_security/api/securityconfig",
+        rb".*",
+        "signing_key encryption_key exchange_key client_secret *password *private_key pemkey_content value.",
+    ),
+    _row(b"/_plugins/_ml/", rb"(?:connectors|models).*", "credential authorization"),
+    _row(b"/_plugins/_query/_datasources", rb".*", "auth.password auth.access_key auth.secret_key"),
+)
+
+# Indices whose documents are secret, by the beginning of their names: aliases and numbered ones (.security-7) alike.
+_SECRET_INDICES = (
+    b".security",
+    b".fleet-enrollment-api-keys",
+    b".kibana",
+    b".watches",
+    b".fleet-secrets",  # where /_fleet/secret and the two like it keep theirs
+    b".connector-secrets",
+    b".secrets-inference",
+    b".opendistro_security",  # where securityadmin.sh writes OpenSearch's users and keys
+)
+_SECRET_NAMES = b"|".join(map(re.escape, _SECRET_INDICES))
+_DATE_MATH = (b"<.", b"<{")  # <.sec{now/d{'urity'}}-7> can spell anything: each that may begin with a dot counts.
+_SECRET_INDEX = re.compile(
+    rb"(?:/_arrow)?/(?:(?:[^/]*,)?(?:" + _SECRET_NAMES + rb")[^/]*|<[.{][^>]*>)(?P<rest>/.*|\Z)", re.DOTALL
+)
+_SECRET_WRITE = re.compile(rb"/(?:_doc|_create|_update|[^_/][^/]*)(?:/.*)?", re.DOTALL)  # [^_]: types, until 7
+_OLD_PREFIXES = ((b"/_xpack/", b"/_"), (b"/_shield/", b"/_security/"), (b"/_opendistro/", b"/_plugins/"))
+_ORIGIN = re.compile(rb"\A[A-Za-z][A-Za-z0-9+.-]*://[^/]*")
+_SLASHES = re.compile(rb"/{2,}")
+_BULK_ENDS = (b"/_bulk", b"/_bulk/stream")
+
+# The one search every request pays: how the paths above begin, where _bulk may stand, how an index of ours may begin
+# (/.security, /a,.security, /<.security-{now/d}>), and whatever makes a path read otherwise than it looks (%, // and
+# dot segments). Without the leading slash, which a refused request may lack.
+_MAY_BE_LISTED = re.compile(
+    rb"%|//|[/,]\.|/<|_bulk|"
+    + b"|".join(
+        (_SECRET_NAMES, *(re.escape(begin[1:]) for begin in (*dict(_OLD_PREFIXES), *(row.begin for row in _TABLE))))
+    )
 )
 
 
-def redact_received(received: bytes) -> bytes:
-    """The beginning of a refused message without the values of fields that carry credentials, however broken it is."""
-    return _CREDENTIAL_FIELD.sub(rb"\1 " + PLACEHOLDER, received)
+def _readings(path: bytes) -> set[bytes]:
+    """Every path that Elasticsearch, or a proxy between it and us, may take `path` for.
+
+    A set, because what one of them resolves another takes literally: POST /_security/user/%2e%2e/_password is the
+    password of a user called `..` to Elasticsearch and /_security/_password to others.
+    """
+    decoded = [_ORIGIN.sub(b"", path)]
+    while len(decoded) <= _DECODINGS and b"%" in decoded[-1]:
+        decoded.append(unquote_to_bytes(decoded[-1]))
+    literal = {_SLASHES.sub(b"/", b"/" + form).rstrip(b"/") for form in decoded}
+    resolved = {posixpath.normpath(form) for form in literal}
+    return {_renamed(form) for form in literal | resolved}
+
+
+def _renamed(path: bytes) -> bytes:
+    """The path as it is called since 7.0."""
+    for old, new in _OLD_PREFIXES:
+        if path.startswith(old):
+            return new + path[len(old) :]
+    return path
+
+
+def redact_body(
+    path: bytes,
+    content_type: bytes,
+    content_encoding: bytes,
+    body: WireBody,
+    max_parse_bytes: int = MAX_PARSE_BYTES,
+) -> Redaction | None:
+    """What to record instead of `body`; None when it holds no secret that is known of and is recorded as it came.
+
+    A compressed body comes back inflated: that it no longer begins like gzip is how a reader sees it.
+    """
+    if not len(body) or _MAY_BE_LISTED.search(path) is None:
+        return None
+    readings = _readings(path)
+    coding = content_encoding.strip(b" \t").lower()
+    try:
+        rows = [row for row in _TABLE if any(map(row.path.fullmatch, readings))]
+        if rows:  # before _bulk: /_security/user/_bulk is a user
+            return _redact_json(b"".join(_inflated(body, coding, max_parse_bytes)), rows)
+        if any(_is_secret_document(reading) for reading in readings):
+            return _WHOLE
+        if any(reading.endswith(_BULK_ENDS) for reading in readings):
+            unnamed = any(map(_SECRET_INDEX.match, readings))
+            return _redact_bulk(_Bulk(body, coding, unnamed, max_parse_bytes), content_type)
+    except _UnreadableError:
+        return _WHOLE
+    return None
+
+
+def _is_secret_document(path: bytes) -> bool:
+    index = _SECRET_INDEX.match(path)
+    return index is not None and _SECRET_WRITE.fullmatch(index["rest"]) is not None
+
+
+# -- Compressed bodies
+
+
+def _inflated(body: WireBody, coding: bytes, max_bytes: int) -> Iterator[bytes]:
+    """The body without its content coding (RFC 9110 8.4), in pieces. Raises _UnreadableError, also beyond `max_bytes`."""
+    if _is_plain(body, coding):
+        if len(body) > max_bytes:
+            raise _UnreadableError
+        yield body[:]
+        return
+    wbits = -15 if _is_raw_deflate(coding, body[:2]) else 47  # 47: gzip or zlib, whichever it begins like
+    size = 0
+    try:
+        for piece in _decompressed(body, wbits):
+            size += len(piece)
+            if size > max_bytes:
+                raise _UnreadableError
+            yield piece
+    except zlib.error:
+        raise _UnreadableError from None
+
+
+def _is_plain(body: WireBody, coding: bytes) -> bool:
+    """No coding, or one that Elasticsearch doesn't know and so ignores. Raises _UnreadableError for one we don't have."""
+    if coding in (b"gzip", b"x-gzip", b"deflate", b"x-deflate"):
+        return False
+    if coding in (b"", b"identity") or (coding not in (b"br", b"snappy", b"zstd") and body[0] in b"{[ \t\r\n"):
+        return True
+    raise _UnreadableError
+
+
+def _is_raw_deflate(coding: bytes, start: bytes) -> bool:
+    """Whether `deflate` means what some take it for (RFC 9110 8.4.1.2): no zlib header (RFC 1950 2.2) in front."""
+    return coding.endswith(b"deflate") and (int.from_bytes(start, "big") % 31 != 0 or start[0] & 15 != 8)
+
+
+def _decompressed(body: WireBody, wbits: int) -> Iterator[bytes]:
+    """Pieces of _STEP_BYTES at most, however much is packed into how little. Raises zlib.error, _UnreadableError."""
+    inflater = zlib.decompressobj(wbits)
+    for start in range(0, len(body), _STEP_BYTES):
+        rest = body[start : start + _STEP_BYTES]
+        while rest:
+            if inflater.eof:  # gzip may have several members (RFC 1952 2.2)
+                inflater = zlib.decompressobj(wbits)
+            yield inflater.decompress(rest, _STEP_BYTES)
+            rest = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+    while not inflater.eof:  # All input is taken, but the last piece may have been full.
+        piece = inflater.decompress(b"", _STEP_BYTES)
+        if not piece:
+            raise _UnreadableError
+        yield piece
+
+
+# -- JSON: replaced in place, every other byte stays
+
+
+def _refuse(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse)
+_MARK = re.compile(r"[ \t\n\r]*([,:\]}]?)[ \t\n\r]*")
+_URL = re.compile(r"[ \t]*[A-Za-z][A-Za-z0-9+.-]{0,30}://")
+_WORD = re.compile(r"[^\s\"'<>]+")
+
+
+def _redact_json(body: bytes, rows: list[_Row]) -> Redaction | None:
+    """The fields of `rows` replaced in a JSON text. Raises _UnreadableError for what isn't strict JSON (RFC 8259)."""
+    try:
+        text = body.decode()
+        edits = _Walk(text, rows).edits
+    except (ValueError, RecursionError):
+        raise _UnreadableError from None
+    if not edits:
+        return None
+    pieces: list[str] = []
+    at = 0
+    for start, end, replacement in edits:
+        pieces += (text[at:start], replacement)
+        at = end
+    return Redaction(("".join((*pieces, text[at:])).encode(),), len(edits))
+
+
+class _Walk:
+    """One pass over a JSON text that knows where it is: json's own scanner reads strings and scalars, this the rest.
+
+    Repeated keys are all seen, whichever of them a server goes by. Raises ValueError, RecursionError.
+    """
+
+    __slots__ = ("_text", "_rows", "edits")
+
+    def __init__(self, text: str, rows: list[_Row]) -> None:
+        self._text = text
+        self._rows = rows
+        self.edits: list[tuple[int, int, str]] = []  # start, end, replacement
+        mark, at = self._mark(0)
+        if not text.startswith(("{", "["), at):
+            raise ValueError("a lone string may be a body that was encoded twice")
+        end_mark, end = self._mark(self._value(at, ""))
+        if mark or end_mark or end != len(text):
+            raise ValueError("more than one value")
+
+    def _mark(self, at: int) -> tuple[str, int]:
+        """The punctuation at `at`, if any, and where what follows begins; white space around it is skipped."""
+        match = _MARK.match(self._text, at)
+        assert match is not None  # It matches the empty string as well.
+        return match[1], match.end()
+
+    def _value(self, at: int, path: str) -> int:
+        """Read the value at `at`; where it ends."""
+        if self._text.startswith(("{", "["), at):
+            return self._container(at, path)
+        value, end = _DECODER.raw_decode(self._text, at)
+        if self._is_secret(path + "."):
+            self._replace(at, end, value)
+        elif isinstance(value, str) and "@" in value and (clean := _without_userinfo(value)) != value:
+            self.edits.append((at, end, json.dumps(clean)))
+        return end
+
+    def _container(self, at: int, path: str) -> int:
+        """Read the object or array at `at`; where it ends."""
+        read, closing = (self._member, "}") if self._text[at] == "{" else (self._value, "]")
+        mark, at = self._mark(at + 1)
+        wanted = ""
+        while mark == wanted:
+            mark, at = self._mark(read(at, path))
+            wanted = ","
+        if mark != closing:
+            raise ValueError(f"no {closing}")
+        return at
+
+    def _member(self, at: int, path: str) -> int:
+        """Read a key and its value, or replace the value; where it ends."""
+        key, at = _DECODER.raw_decode(self._text, at)
+        mark, at = self._mark(at)
+        if not isinstance(key, str) or mark != ":":
+            raise ValueError("not a member of an object")
+        path = f"{path}.{_fold(key)}"
+        if len(path) > _PATH_CHARS:
+            raise ValueError("a path nobody uses")
+        if not self._is_secret(path):
+            return self._value(at, path)
+        value, end = _DECODER.raw_decode(self._text, at)
+        self._replace(at, end, value)
+        return end
+
+    def _replace(self, start: int, end: int, value: object) -> None:
+        if value is not None and not isinstance(value, bool):  # null resets, a switch is no secret: both stay
+            self.edits.append((start, end, _QUOTED.decode()))
+
+    def _is_secret(self, path: str) -> bool:
+        return any(
+            path.endswith(row.suffixes) or any(_matches(path, parts) for parts in row.globs) for row in self._rows
+        )
+
+
+def _matches(path: str, parts: tuple[str, ...]) -> bool:
+    """Whether `parts` stand in `path` one after the other, the last at its end; linear, as no regex with stars is."""
+    at = 0
+    for part in parts[:-1]:
+        at = path.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return path.endswith(parts[-1]) and len(path) - len(parts[-1]) >= at
+
+
+def _without_userinfo(value: str) -> str:
+    """A string without the userinfo (RFC 3986 3.2.1) of URLs in it, and more rather than less where it is malformed."""
+    if _URL.match(value):
+        return _cut_userinfo(value)
+    return _WORD.sub(lambda word: _cut_userinfo(word[0]), value)
+
+
+def _cut_userinfo(url: str) -> str:
+    start, end = url.find("//") + 2, url.rfind("@")
+    return url[:start] + PLACEHOLDER.decode() + url[end:] if 2 <= start <= end else url
+
+
+# -- _bulk: the documents of secret indices, whatever else is in it
+#
+# Elasticsearch splits at \n, whatever the encoding, and reads an action line as JSON: the index it names stands in it
+# literally or as \u escapes, between NULs in UTF-16. So one search for the names finds every line that matters, at the
+# speed of memory; only where one is found is it asked which line that is. Which lines are actions is not counted, as
+# one odd line would shift all that follow: whatever could be an action is taken for one.
+
+
+def _spelled(literal: bytes) -> bytes:
+    """A regex for an ASCII literal however a JSON text may spell it."""
+    spelled = b""
+    for byte in literal:
+        high, low, upper = *(b"%02x" % byte), (b"%02X" % byte)[1]
+        spelled += rb"\0*(?:%b|\\\0*u\0*0\0*0\0*%c\0*[%c%c])" % (re.escape(b"%c" % byte), high, low, upper)
+    return spelled
+
+
+# The lookahead makes it fast (1.2 GB/s, 0.1 without): of all quotes only those it lets through are looked at closer.
+_SECRET_INDEX_NAME = re.compile(
+    rb'"(?=[.<\\\0])(?:' + b"|".join(map(_spelled, (*_SECRET_INDICES, *_DATE_MATH))) + rb")"
+)
+# A line whose first key is plainly no action with a document: one, nearly always. `delete` has none.
+_NO_ACTION = re.compile(
+    rb"[ \t\r]*(?:\n|\Z|\{[ \t\r]*(?:\}|\"(?:[^icu\"\\\0\n]|(?!(?:index|create|update)\")[^\"\\\0\n]*\")))"
+)
+_ACTIONS = ("index", "create", "update")
+_ACTION_DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_int=str)  # pairs: a key may be repeated
+_SECRET_BEGINNINGS = tuple(name.decode() for name in (*_SECRET_INDICES, *_DATE_MATH))
+_BINARY = re.compile(rb"smile|cbor|yaml|arrow", re.IGNORECASE)  # what can't be split into lines
+_SMILE_HEADER = b":)\n"
+
+
+def _line_end(block: WireBody, at: int) -> int:
+    """Where the line ends that `at` lies in: at its \n, or the end of the block."""
+    end = block.find(b"\n", at)
+    return len(block) if end < 0 else end
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Bulk:
+    """A _bulk body; iterating gives what to record of it. May raise _UnreadableError the first time it is gone through."""
+
+    body: WireBody
+    coding: bytes
+    unnamed: bool  # Actions that name no index go to a secret one, which stands in the path.
+    max_line_bytes: int  # in a compressed body, where a line has to be in memory
+
+    def __iter__(self) -> Iterator[bytes]:
+        for block, start, end, secret in self._spans():
+            if secret:
+                yield _QUOTED
+            else:
+                for at in range(start, end, _STEP_BYTES):
+                    yield block[at : min(at + _STEP_BYTES, end)]
+
+    def count(self) -> int:
+        """How many documents are replaced."""
+        return sum(secret for _, _, _, secret in self._spans())
+
+    def mentions_secret_index(self) -> bool:
+        """Whether a secret index is named anywhere, for formats that are not understood here."""
+        return self.unnamed or any(re.search(_SECRET_NAMES, block) for block in self.blocks())
+
+    def blocks(self) -> Iterator[WireBody]:
+        """The body in whole lines: at once when it is plain, else inflated piece by piece."""
+        if _is_plain(self.body, self.coding):
+            yield self.body
+            return
+        rest = b""
+        for piece in _inflated(self.body, self.coding, MAX_INFLATED_BYTES):
+            lines, newline, last = piece.rpartition(b"\n")
+            if newline:
+                yield rest + lines + newline
+                rest = last
+            else:
+                rest += piece
+            if len(rest) > self.max_line_bytes:
+                raise _UnreadableError
+        if rest:
+            yield rest
+
+    def _spans(self) -> Iterator[tuple[WireBody, int, int, bool]]:
+        """All of every block in consecutive spans: block, start, end, and whether it is a document to replace."""
+        carried = False  # The last line was an action, its document begins the next block.
+        for block in self.blocks():
+            at = 0
+            if carried:
+                at = _line_end(block, 0)
+                yield block, 0, at, True
+            carried = False
+            for action_end in self._secret_actions(block):
+                start, end = action_end + 1, _line_end(block, action_end + 1)
+                yield block, at, min(start, len(block)), False
+                if start < end:
+                    yield block, start, end, True
+                carried = start == len(block)
+                at = end
+            yield block, at, len(block), False
+
+    def _secret_actions(self, block: WireBody) -> Iterator[int]:
+        """Where the lines end whose document, the next line, is for a secret index."""
+        for start, end in self._candidates(block):
+            if not _NO_ACTION.match(block, start) and (
+                end - start > _ACTION_BYTES or _goes_to_secret_index(block[start:end], self.unnamed)
+            ):
+                yield end
+
+    def _candidates(self, block: WireBody) -> Iterator[tuple[int, int]]:
+        """The lines that name a secret index, or all of them when naming none is enough: start and end."""
+        start = 0
+        while start < len(block):
+            end = start
+            if not self.unnamed:
+                name = _SECRET_INDEX_NAME.search(block, start)
+                if name is None:
+                    return
+                start = max(start, block.rfind(b"\n", start, name.start()) + 1)
+                end = name.end()
+            end = _line_end(block, end)
+            yield start, end
+            start = end + 1
+
+
+def _goes_to_secret_index(line: bytes, unnamed: bool) -> bool:
+    """Whether a line is an action for a secret index, or can't be read and may be one."""
+    try:
+        content = _ACTION_DECODER.decode(line.decode())
+        action, details = content[0]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return True
+    if action not in _ACTIONS or not isinstance(details, tuple):
+        return False
+    indices = [value for name, value in details if name == "_index"]
+    return any(str(index).startswith(_SECRET_BEGINNINGS) for index in indices) or (unnamed and not indices)
+
+
+def _redact_bulk(bulk: _Bulk, content_type: bytes) -> Redaction | None:
+    """What to record of a _bulk body; a binary one that mentions a secret index is replaced whole."""
+    start = next(bulk.blocks(), b"")[: len(_SMILE_HEADER)]
+    if _BINARY.search(content_type) or start == _SMILE_HEADER:
+        return _WHOLE if bulk.mentions_secret_index() else None
+    count = bulk.count()
+    return Redaction(bulk, count) if count else None
+
+
+# -- Targets
+
+_QUERY_SECRET = (  # no parameter of Elasticsearch's own, but of proxies and plugins in front of it
+    rb"(?:(?:access|refresh|id|auth|x-amz-security)[-_]?)?token|jwt|password|passwd|(?:client[-_]?)?secret"
+    rb"|api[-_]?key|x-amz-signature|authorization"
+)
+_QUERY_SECRET_NAME = re.compile(_QUERY_SECRET, re.IGNORECASE)
+# OpenSearch takes a JWT from any parameter an operator names (jwt_url_parameter); such a token shows itself.
+_JWT = re.compile(rb"(?:\A|(?<=[ +]))eyJ[\w-]+\.[\w-]+\.[\w-]*")
+_MAY_BE_QUERY_SECRET = re.compile(rb"source|eyJ|%|" + _QUERY_SECRET, re.IGNORECASE)
+
+
+def redact_query(path: bytes, query: bytes) -> tuple[bytes, int]:
+    """The query to record, and how many values were replaced in it.
+
+    `source` holds a whole body for endpoints that take one. Where it can't be read, all behind it goes as well: an
+    & or ; that was not encoded ends it for Elasticsearch, but not what its author meant.
+    """
+    if not query or _MAY_BE_QUERY_SECRET.search(query) is None:
+        return query, 0
+    parts = re.split(rb"([&;])", query)  # Elasticsearch's separators
+    count = 0
+    for at in range(0, len(parts), 2):
+        name, _, value = parts[at].partition(b"=")
+        plain_name, plain_value = (unquote_to_bytes(text.replace(b"+", b" ")) for text in (name, value))
+        if value and (_QUERY_SECRET_NAME.fullmatch(plain_name) or _JWT.search(plain_value)):
+            parts[at] = name + b"=" + PLACEHOLDER
+            count += 1
+        elif plain_name == b"source" and (redaction := redact_body(path, b"", b"", plain_value)):
+            count += redaction.count
+            if redaction is _WHOLE:
+                return b"".join(parts[:at]) + name + b"=" + PLACEHOLDER, count
+            parts[at] = name + b"=" + quote_from_bytes(b"".join(redaction.pieces), safe=b":,").encode()
+    return b"".join(parts), count
+
+
+def redact_userinfo(line: bytes) -> tuple[bytes, int]:
+    """A request target, or a line that holds one, without userinfo (RFC 3986 3.2.1), and 1 if there was any."""
+    start, end = _userinfo(line)
+    return (line[:start] + PLACEHOLDER + line[end:], 1) if start < end else (line, 0)
+
+
+def _userinfo(line: bytes) -> tuple[int, int]:
+    """Where userinfo is in a line; an empty span when it has none.
+
+    Host and password may be malformed, full of slashes and spaces: it is all between // and the last @ of the line.
+    """
+    end = max(line.rfind(b"@"), 0)
+    start = line.find(b"//", 0, end) + 2
+    if start >= 2:
+        return start, end
+    start = max(line.rfind(b" ", 0, end), line.rfind(b"\t", 0, end)) + 1  # `user:password@host`, as CONNECT has it
+    if line[start : start + 1] != b"/" and b":" in line[start:end]:  # a path may hold colons and @
+        return start, end
+    return end, end
+
+
+# -- What was received of a request that is refused: broken in ways nobody foresaw, so judged line by line
+
+_CREDENTIAL_NAME = re.compile(
+    rb"auth|cookie|key|token|secret|passw|pwd|credential|session|signature|assertion|jwt", re.IGNORECASE
+)
+_CREDENTIAL_START = re.compile(rb"[^0-9A-Za-z]*(?:[0-9A-Za-z]+[-_]){0,3}(?:authori[sz]ation|cookie)", re.IGNORECASE)
+_SECRET_IN_TARGET = re.compile(rb"[?&;](?:source|" + _QUERY_SECRET + rb")=", re.IGNORECASE)
+_CREDENTIALS = re.compile(
+    rb"\b(?:(?:basic|bearer|apikey|negotiate|ntlm)\s{1,8}(?!HTTP/)[^\s,;\"']{4,}|(?:digest|aws4-hmac-sha256)\s[^\r\n]+)",
+    re.IGNORECASE,
+)
+_LINE_BREAK = re.compile(rb"(\r*\n|\r+)")
+_BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r)[ \t]*(?:\r\n|\n|\r)")
+_CONTROLS = bytes((*range(0x21), 0x7F))
+
+
+def redact_received(data: bytes) -> tuple[bytes, int]:
+    """The beginning of a refused message without what may be a credential, and how many places were replaced.
+
+    Rather too much than too little: all of a line behind a name, with the lines that go on with it, the text behind
+    an authentication scheme wherever it stands, userinfo, and the body when its path may be a listed one.
+    """
+    count = 0
+    listed = _MAY_BE_LISTED.search(data)
+    blank = listed and _BLANK_LINE.search(data, listed.end())
+    if blank and blank.end() < len(data):
+        data = data[: blank.end()] + PLACEHOLDER
+        count += 1
+    parts = _LINE_BREAK.split(data)
+    goes_on = False  # The line before was cut, and this one, folded or broken off, may belong to it.
+    for at in range(0, len(parts), 2):
+        line = parts[at]
+        if goes_on and line and (line[:1] in b" \t" or b":" not in line):
+            parts[at] = b""
+        else:
+            parts[at], goes_on = _redact_line(line)
+            count += parts[at] is not line
+    target, version, rest = b"".join(parts).partition(b" HTTP/")
+    target, users = redact_userinfo(target)  # again, as a line break may stand in a target
+    rest, schemes = _CREDENTIALS.subn(PLACEHOLDER, target + version + rest)
+    return rest, count + users + schemes
+
+
+def _redact_line(line: bytes) -> tuple[bytes, bool]:
+    """A line without credentials, and whether its end was cut off."""
+    cut = _credential(line)
+    start, end = _userinfo(line)
+    if cut is not None:
+        return line[: min(start, cut) if start < end else cut] + PLACEHOLDER, True
+    if start < end:
+        return line[:start] + PLACEHOLDER + line[end:], False
+    return line, False
+
+
+def _credential(line: bytes) -> int | None:
+    """Where in a line begins what is or may be a credential and goes on to its end."""
+    cuts = []
+    if in_target := _SECRET_IN_TARGET.search(line):
+        cuts.append(in_target.end())
+    if name := _CREDENTIAL_NAME.search(line):
+        cuts.append(line.find(b":", name.end()) + 1)
+    elif _CREDENTIAL_NAME.search(line.translate(None, _CONTROLS)):
+        cuts.append(line.find(b":") + 1)
+    if start := _CREDENTIAL_START.match(line):  # without a colon
+        cuts.append(start.end())
+    return min((cut for cut in cuts if cut > 0), default=None)
 
 
 # -- Exchange: what both records tell ----------------------------------------------------------------------------
@@ -1705,7 +2362,8 @@ class Exchange:
     """One request and its response, as far as the log wants to know. Values are bytes and already escaped."""
 
     __slots__ = (
-        "id", "user", "path", "query", "method", "source", "agent", "run_as", "forwarded", "opaque_id", "details",
+        "id", "user", "path", "query", "method", "source", "agent", "run_as", "forwarded", "opaque_id", "coding",
+        "details",
         "body_bytes", "body_sha256", "redacted", "rejected", "status", "error", "size", "attempts", "sent", "began",
         "started", "recorded", "_common",
     )  # fmt: skip
@@ -1721,6 +2379,7 @@ class Exchange:
         self.run_as = b""
         self.forwarded = b""
         self.opaque_id = b""
+        self.coding = b""  # content coding of the body that is recorded
         self.details: dict[str, object] = {}  # what only ECS records tell, under its field names
         self.body_bytes = 0  # of the request's body as it came
         self.body_sha256 = ""  # of all of it, when less is recorded
@@ -1736,9 +2395,15 @@ class Exchange:
         self.recorded = False  # the request's record is in the log, so a response's is owed
         self._common = b""
 
-    def asks(self, method: bytes, target: bytes) -> None:
-        """Note what is asked for."""
+    def asks(self, method: bytes, target: bytes, redact: bool = True) -> None:
+        """Note what is asked for, with `redact` without the secrets in it."""
         path, mark, query = target.partition(b"?")
+        if redact:
+            if query:
+                query, self.redacted = redact_query(path, query)
+            if b"@" in path:
+                path, count = redact_userinfo(path)
+                self.redacted += count
         self.method = escape(method)
         self.path = escape(path)
         self.query = escape(query) if mark else b"None"
@@ -1829,7 +2494,7 @@ def ecs_request(now: float, exchange: Exchange, content: Body | None) -> Iterato
     if content is None or not content.size:
         yield text + b"}\n"
         return
-    encoding = str(exchange.details.get("http.request.headers.content_encoding", ""))
+    encoding = exchange.coding.lower().decode("latin-1")
     if _is_text(content.pieces(), encoding):
         yield text + b',"http.request.body.content":"'
         for part in _decoded(content.pieces(), encoding):
@@ -2211,6 +2876,8 @@ class AuditLog:
         if body is None or not body.size:
             return None
         exchange.body_bytes = body.size
+        if self._config.redact and request is not None and not received:
+            body = _redacted(exchange, request, body)
         limit = self._config.audit_body_bytes
         return body if limit is None or body.size <= limit else _cut(exchange, body, limit)
 
@@ -2272,9 +2939,10 @@ class AuditLog:
         return True
 
     def _lose(self, reason: str) -> bool:
-        if not self._lost:
+        if not self._lost and self._written:  # At the start it is said by the error that ends it.
             blocked = "requests go on unrecorded" if self._config.audit_pass else "requests are refused"
             say(f"the audit log {self._file.path} can't be written: {reason}; {blocked} until it can")
+        if not self._lost:
             self._since = timestamp(time.time()).decode()
         self._lost += 1
         if self._config.audit_pass:
@@ -2373,6 +3041,26 @@ class GroupCommit:
             self._failed = number
         else:
             self._done = number
+
+
+def _redacted(exchange: Exchange, request: Request, body: Body) -> Body:
+    """The body without its secrets: itself when it has none."""
+    whole = body.whole()
+    try:
+        content_type = request.value(b"content-type") or b""
+        path = request.target.partition(b"?")[0]
+        redaction = redact_body(path, content_type, request.value(b"content-encoding") or b"", whole)
+        if redaction is None:
+            return body
+        clean = Body(MIB)
+        for piece in redaction.pieces:
+            clean.append(piece)
+    finally:
+        if isinstance(whole, mmap.mmap):
+            whole.close()
+    exchange.redacted += redaction.count
+    exchange.coding = b""  # It is recorded unfolded.
+    return clean
 
 
 def _cut(exchange: Exchange, body: Body, limit: int) -> Body:
@@ -2665,8 +3353,9 @@ class Upstream:
             if config.ca_fingerprint is not None and self._pinned is None:
                 connection = self._pin(connection, config.ca_fingerprint)
         except (OSError, ValueError) as error:
+            connected = connection.sock is not None  # so it is the handshake that failed
             connection.close()
-            raise self._unreachable(error) from None
+            raise self._unreachable(error, connected) from None
         except BaseException:
             connection.close()
             raise
@@ -2711,7 +3400,7 @@ class Upstream:
         self._pinned = pinned
         return connection
 
-    def _unreachable(self, error: OSError | ValueError) -> UpstreamError:
+    def _unreachable(self, error: OSError | ValueError, connected: bool) -> UpstreamError:
         where = self._where
         if isinstance(error, socket.gaierror):
             return UpstreamError("upstream-unknown-name", f"the name in {where} can't be resolved: {error.strerror}")
@@ -2720,10 +3409,9 @@ class Upstream:
                 "upstream-certificate",
                 f"the certificate of {where} is not trusted: {error.verify_message}; see --ca and --ca-fingerprint",
             )
-        if isinstance(error, ssl.SSLError):
-            return UpstreamError(
-                "upstream-tls", f"no TLS with {where}: {error.reason or error}; if it speaks plain HTTP, see --tls"
-            )
+        if connected:
+            reason = getattr(error, "reason", None) or error
+            return UpstreamError("upstream-tls", f"no TLS with {where}: {reason}; if it speaks plain HTTP, see --tls")
         if isinstance(error, TimeoutError):
             return UpstreamError("upstream-unreachable", f"{where} did not answer within {CONNECT_SECONDS:g} seconds")
         if isinstance(error, ConnectionRefusedError):
@@ -2733,7 +3421,7 @@ class Upstream:
 
 
 _LOST = frozenset(("upstream-closed", "upstream-reset"))
-_WORTH_ANOTHER_TRY = frozenset(("upstream-refused", "upstream-unreachable", "upstream-tls"))
+_WORTH_ANOTHER_TRY = frozenset(("upstream-refused", "upstream-unreachable"))
 
 
 def _wire(head: bytes, request: Request) -> Iterator[Buffer]:
@@ -2819,6 +3507,7 @@ class Relay:
                 raise OverloadError("shutting-down", "es-proxy was stopped before the response came")
             if reply.stream.gone():
                 raise ClientGoneError("client-gone", "the client left before its response came")
+            reply.flush()
 
         def attempt(number: int) -> None:
             exchange.attempts = number
@@ -2831,6 +3520,7 @@ class Relay:
 
     def _relay_response(self, reply: Reply, exchange: Exchange, response: UpstreamResponse) -> None:
         exchange.status = response.head.status
+        reply.keep_alive = reply.keep_alive and not self.draining
         reply.begin(response.head)
         while True:
             piece, last = response.read()
@@ -2861,6 +3551,7 @@ class Relay:
             head = body = b""
         else:
             exchange.status = error.status
+            reply.keep_alive = reply.keep_alive and not self.draining
             head, body = error_response(error, exchange.id, reply.head_only, not reply.keep_alive)
             exchange.size = len(body)
         with contextlib.suppress(
@@ -2917,6 +3608,11 @@ class Reply:
             # Hold back one piece: whoever has all bytes of such a body has the whole response.
             piece, self._held = self._held, bytes(piece)
         self._send(piece, b"")
+
+    def flush(self) -> None:
+        """Send the head if it still waits for the first piece of the body, which takes its time."""
+        if self._head:
+            self._send(b"", b"")
 
     def finish(self, piece: Buffer) -> None:
         """Send the last piece, after the response's record is in the log."""
@@ -3088,7 +3784,8 @@ class Session:
         value = request.value
         agent = value(b"user-agent")
         exchange = Exchange(self._source, self._identify(request), escape_agent(agent) if agent else b"")
-        exchange.asks(request.method, request.target)
+        exchange.asks(request.method, request.target, self._relay.config.redact)
+        exchange.coding = value(b"content-encoding") or b""
         if not _MARKED.isdisjoint(request.values):
             run_as = value(b"es-security-runas-user") or value(b"opendistro_security_impersonate_as")
             exchange.run_as = escape(run_as or b"")
@@ -3134,10 +3831,13 @@ class Session:
         else:
             exchange = Exchange(self._source)
             if request is not None:
-                exchange.asks(request.method, request.target)
+                exchange.asks(request.method, request.target, self._relay.config.redact)
         method = request.method if request is not None else b""
         reply = Reply(self.stream, 1, method == b"HEAD", keep_alive=False)
-        received = redact_received(self._reader.received)
+        received = self._reader.received
+        if self._relay.config.redact:
+            received, count = redact_received(received)
+            exchange.redacted += count
         self._relay.exchange(reply, exchange, None, error, received)
         if self._reader.body is not None:
             self._reader.body.close()
@@ -3710,7 +4410,8 @@ def listen(config: Config) -> socket.socket:
             config.listen_host, config.listen_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, _, _, _, address = found[0]
-        listener = socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # `::` is IPv4 as well
+        listener = socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         raise StartError(f"can't listen on {where}: {getattr(error, 'strerror', None) or error}") from None
     listener.setblocking(False)
@@ -3975,7 +4676,7 @@ _SIZE = re.compile(r"([0-9]{1,15})(b|kb|mb|gb|tb)?", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": KIB, "mb": MIB, "gb": 1024 * MIB, "tb": 1024 * 1024 * MIB}
 
 
-def size(text: str) -> int:
+def as_size(text: str) -> int:
     """A size in Elasticsearch's units (`512kb`, `100mb`), in bytes."""
     match = _SIZE.fullmatch(text)
     if match is None:
@@ -3983,40 +4684,40 @@ def size(text: str) -> int:
     return int(match[1]) * _UNITS[(match[2] or "b").lower()]
 
 
-def body_size(text: str) -> int | None:
+def as_body_size(text: str) -> int | None:
     """`full`, `none` or a size."""
-    return None if text == "full" else 0 if text == "none" else size(text)
+    return None if text == "full" else 0 if text == "none" else as_size(text)
 
 
-def port(text: str) -> int:
+def as_port(text: str) -> int:
     """A TCP port; 0 is any free one."""
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
     return int(text)
 
 
-def count(text: str) -> int:
+def as_count(text: str) -> int:
     """A whole number from 1."""
     if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
-def workers(text: str) -> int:
+def as_workers(text: str) -> int:
     """A number of processes; `auto` is the number of processors this process may use."""
     if text == "auto":
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return count(text)
+    return as_count(text)
 
 
-def seconds(text: str) -> float:
+def as_seconds(text: str) -> float:
     """Seconds, a fraction allowed."""
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return float(text)
 
 
-def fingerprint(text: str) -> str:
+def as_fingerprint(text: str) -> str:
     """A SHA-256 in hex, with or without colons, as elasticsearch-py takes it."""
     digits = text.replace(":", "").lower()
     if not re.fullmatch("[0-9a-f]{64}", digits):
@@ -4041,9 +4742,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("upstream_host", metavar="REMOTE_HOST", help="name or address of the coordinator node")
-    add("upstream_port", metavar="REMOTE_PORT", type=port)
+    add("upstream_port", metavar="REMOTE_PORT", type=as_port)
     add("listen_host", metavar="LOCAL_HOST", help="name or address to listen on")
-    add("listen_port", metavar="LOCAL_PORT", type=port, help="0: any free one, named at start")
+    add("listen_port", metavar="LOCAL_PORT", type=as_port, help="0: any free one, named at start")
     tls = parser.add_argument_group("TLS")
     add = tls.add_argument
     add("--no-tls", action="store_true", help="plain HTTP on both sides, the same as --tls none")
@@ -4052,13 +4753,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--key", metavar="PATH", default=DEFAULT_KEY, help="its private key (default: %(default)s)")
     add("--client-ca", metavar="PATH", help="require client certificates signed by these CAs")
     add("--ca", metavar="PATH", help="CAs the upstream is verified against (default: the system's store)")
-    add("--ca-fingerprint", metavar="SHA256", type=fingerprint, help="pin the upstream's CA or certificate")
+    add("--ca-fingerprint", metavar="SHA256", type=as_fingerprint, help="pin the upstream's CA or certificate")
     add("--insecure", action="store_true", help="do not verify the upstream's certificate")
     audit = parser.add_argument_group("audit log")
     add = audit.add_argument
     add("--audit-log", metavar="PATH", default="-", help="where records go (default: -, standard output)")
     add("--audit-format", choices=tuple(FORMS), default="text", help="form of the records (default: %(default)s)")
-    add("--audit-body", metavar="full|none|SIZE", dest="audit_body_bytes", type=body_size, default="full",
+    add("--audit-body", metavar="full|none|SIZE", dest="audit_body_bytes", type=as_body_size, default="full",
         help="how much of a request body is recorded (default: full)")  # fmt: skip
     add(
         "--audit-on-failure",
@@ -4075,16 +4776,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-redact", action="store_true", help="record secrets in bodies too")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
-    add("--workers", metavar="N|auto", type=workers, default=1,
+    add("--workers", metavar="N|auto", type=as_workers, default=1,
         help="processes; auto: one a processor (default: %(default)s)")  # fmt: skip
-    add("--threads", metavar="N", type=count, default=256, help="most requests in flight (default: %(default)s)")
-    add("--max-connections", metavar="N", type=count, default=0,
+    add("--threads", metavar="N", type=as_count, default=256, help="most requests in flight (default: %(default)s)")
+    add("--max-connections", metavar="N", type=as_count, default=0,
         help="most client connections (default: what the file descriptors allow)")  # fmt: skip
-    add("--max-body", metavar="SIZE", dest="max_body_bytes", type=size, default="100mb",
+    add("--max-body", metavar="SIZE", dest="max_body_bytes", type=as_size, default="100mb",
         help="largest request body (default: %(default)s)")  # fmt: skip
-    add("--upstream-timeout", metavar="S", dest="upstream_timeout_seconds", type=seconds, default="300",
+    add("--upstream-timeout", metavar="S", dest="upstream_timeout_seconds", type=as_seconds, default="300",
         help="silence allowed while waiting for the response (default: %(default)s)")  # fmt: skip
-    add("--drain", metavar="S", dest="drain_seconds", type=seconds, default="30",
+    add("--drain", metavar="S", dest="drain_seconds", type=as_seconds, default="30",
         help="how long a stop waits for requests in flight (default: %(default)s)")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"es-proxy {__version__}")
     return parser
