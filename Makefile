@@ -8,7 +8,7 @@ SECONDS ?= 300
 CLIENTS ?= 50
 ONCE    ?=
 ARGS    ?=
-SOURCES  = es_proxy.py mock_es.py bench/bench.py $(wildcard test_*.py)
+SOURCES  = es_proxy.py mock_es.py $(wildcard test_*.py bench/*.py)
 BIN      = $(VENV)/bin
 # Test tools and the official clients the tests drive; es_proxy.py itself needs none of them.
 PACKAGES = "pytest>=8" "coverage>=7.10" ruff mypy trustme h11 elasticsearch8 elasticsearch9 opensearch-py noida-db
@@ -39,7 +39,7 @@ test: deps  ## all tests (a 20-second stress run among them) and the coverage of
 	$(BIN)/coverage report --fail-under=95
 
 test-functional: deps  ## functional and protocol tests only
-	$(BIN)/python -m pytest test_es_proxy.py test_protocol.py
+	$(BIN)/python -m pytest test_es_proxy.py test_protocol.py test_audit.py test_redaction.py
 
 test-memory: deps  ## large bodies in small memory, and no growth
 	$(BIN)/python -m pytest test_stress.py -k memory
