@@ -1,4 +1,4 @@
-# What can be done with es-proxy. `make help` lists it; nothing here is needed to run it.
+# What can be done with es-proxy. `make help` lists it; nothing of it is needed to run es_proxy.py.
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -13,7 +13,7 @@ BIN      = $(VENV)/bin
 # Test tools and the official clients the tests drive; es_proxy.py itself needs none of them.
 PACKAGES = "pytest>=8" "coverage>=7.10" ruff mypy trustme h11 elasticsearch8 elasticsearch9 opensearch-py noida-db
 
-.PHONY: help demo run test test-functional test-memory test-stress fuzz coverage lint bench install uninstall build deps clean
+.PHONY: help demo run test test-functional test-memory test-stress test-torture fuzz coverage lint bench install uninstall build deps clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test-memory: deps  ## large bodies in small memory, and no growth
 test-stress: deps  ## load through the proxy: make test-stress SECONDS=300 CLIENTS=50
 	$(BIN)/python test_stress.py --seconds $(SECONDS) --clients $(CLIENTS)
 
+test-torture: deps  ## kill -9, full disks, rotation and large bodies at once, then the invariants: SECONDS=300
+	$(BIN)/python test_audit.py --torture $(SECONDS)
+
 fuzz: deps  ## mutated requests and responses against the parser and an independent one: make fuzz SECONDS=60
 	$(BIN)/python test_protocol.py --fuzz $(SECONDS)
 
@@ -58,8 +61,8 @@ lint: deps  ## ruff and mypy --strict
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
 
-bench:  ## speed beside nginx and the bare upstream; says what is missing and leaves that out
-	$(PYTHON) bench/bench.py
+bench:  ## speed side by side with nginx, HAProxy, mitmproxy; says what is missing and leaves that out
+	$(PYTHON) bench/bench.py $(ARGS)
 
 build: build/es-proxy  ## the executable build/es-proxy
 

@@ -540,6 +540,55 @@ class UntilCloseDecoder:
         return [data], b""
 
 
+def too_large(max_bytes: int) -> RequestError:
+    """The error for a body over --max-body, in bytes."""
+    return RequestError("body-too-large", f"the body is larger than {max_bytes} bytes (--max-body)", 413)
+
+
+def too_many_fields(code: str, limits: Limits) -> RequestError:
+    """The error for a header or trailer section over its limits."""
+    return RequestError(
+        code,
+        f"the section has more than {limits.request_head_bytes} bytes or {limits.request_fields} fields",
+        431,
+    )
+
+
+def explain_fields(section: bytes, limits: Limits, malformed: str, too_large: str) -> None:
+    """Raise the RequestError, with one of two codes, for the first thing wrong in what there is of a field section.
+
+    RFC 9112 5. Returns if more bytes can make it one.
+    """
+    broken = _BROKEN.search(section)
+    at = broken.start() if broken else len(section)
+    position = 0
+    for number, line in enumerate(section.split(b"\r\n")[:-1], 1):
+        position += len(line) + 2
+        if position - 2 > at:
+            break
+        if position > limits.request_head_bytes + 2 or (line and number > limits.request_fields):
+            raise too_many_fields(too_large, limits)
+        if line and not _FIELD_LINE.fullmatch(line):
+            raise RequestError(malformed, _what_is_wrong(line))
+    if at > limits.request_head_bytes + 2:
+        raise too_many_fields(too_large, limits)
+    if broken:
+        raise RequestError(malformed, "a control character, or a bare CR or LF, stands among the fields")
+
+
+def _what_is_wrong(line: bytes) -> str:
+    name, colon, _ = line.partition(b":")
+    if line[:1] in b" \t":
+        return "a header field is folded over two lines, or the first one begins with white space"
+    if not colon:
+        return "a header line has no colon"
+    if name != name.rstrip():
+        return "white space stands between a field's name and its colon"
+    if not _METHOD.fullmatch(name):
+        return "a field's name holds a character that is not allowed there"
+    return "a field's value holds a control character"
+
+
 class ChunkedDecoder:
     """The chunked transfer coding (RFC 9112 7.1). Extensions and trailer fields are checked, then dropped.
 
@@ -617,44 +666,20 @@ class ChunkedDecoder:
 
     def _trailers(self, data: bytes, position: int, _pieces: list[Buffer]) -> int:
         match = _FIELD_BLOCK_ONLY.match(data, position)
-        section = data[position : match.end()] if match else data[position:]
-        if len(section) > self._limits.request_head_bytes or section.count(b"\n") > self._limits.request_fields + 1:
-            raise RequestError("trailers-too-large", "the trailer section is over its limit", 431)
+        limits = self._limits
         if match is None:
-            self._incomplete_trailers(section)
+            explain_fields(data[position:], limits, "bad-trailer", "trailers-too-large")
             return -1
-        for line in match[1].split(b"\r\n"):
-            if line.partition(b":")[0].lower() in _NOT_IN_TRAILERS:
-                raise RequestError("bad-trailer", "a trailer field may not frame or route the message")
+        lines = match[1].split(b"\r\n")[:-1]
+        if len(match[1]) > limits.request_head_bytes or len(lines) > limits.request_fields:
+            raise too_many_fields("trailers-too-large", limits)
+        if not _NOT_IN_TRAILERS.isdisjoint(line.partition(b":")[0].lower() for line in lines):
+            raise RequestError("bad-trailer", "a trailer field may not frame or route the message")
         self.complete = True
         return match.end()
 
-    @staticmethod
-    def _incomplete_trailers(section: bytes) -> None:
-        lines = section.split(b"\r\n")
-        if _BROKEN.search(section) or not all(map(_FIELD_LINE.fullmatch, lines[:-1])):
-            raise RequestError("bad-trailer", "the trailer section is malformed")
-
 
 Decoder = LengthDecoder | ChunkedDecoder | UntilCloseDecoder
-
-
-def too_large(max_bytes: int) -> RequestError:
-    """The error for a body over --max-body, in bytes."""
-    return RequestError("body-too-large", f"the body is larger than {max_bytes} bytes (--max-body)", 413)
-
-
-def _what_is_wrong(line: bytes) -> str:
-    name, colon, _ = line.partition(b":")
-    if line[:1] in b" \t":
-        return "a header field is folded over two lines, or the first one begins with white space"
-    if not colon:
-        return "a header line has no colon"
-    if name != name.rstrip():
-        return "white space stands between a field's name and its colon"
-    if not _METHOD.fullmatch(name):
-        return "a field's name holds a character that is not allowed there"
-    return "a field's value holds a control character"
 
 
 class Request:
@@ -879,13 +904,13 @@ class RequestReader:
         method, target, major, minor, block = match.groups()
         lines = block.split(b"\r\n")
         lines.pop()
-        line_end = match.start(5) - 2
-        if line_end > self._limits.request_line_bytes:
-            raise line_too_long(method + b" ", self._limits)
-        if len(block) > self._limits.request_head_bytes or len(lines) > self._limits.request_fields:
-            raise head_too_large(self._limits)
+        limits = self._limits
+        if match.start(5) - 2 > limits.request_line_bytes:
+            raise line_too_long(method + b" ", limits)
         if major != b"1":
             raise RequestError("bad-version", "only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
+        if len(block) > limits.request_head_bytes or len(lines) > limits.request_fields:
+            raise too_many_fields("head-too-large", limits)
         fields = []
         for line in lines:
             name, _, value = line.partition(b":")
@@ -921,7 +946,7 @@ class RequestReader:
             self._scanned = 0
             return self._next_head()
         fresh = buffer[max(0, self._scanned - 1) :]
-        # The request line is looked at as it grows, fields line by line: what is wrong is found as early as in one piece.
+        # The request line is looked at as it grows, fields line by line: so what is wrong is found in any split alike.
         if b"\n" not in buffer or b"\n" in fresh or _BROKEN.search(fresh) or self._outgrown(buffer):
             explain_head(buffer, self._limits)
         self._scanned = len(buffer)
@@ -953,7 +978,7 @@ def explain_head(buffer: bytes, limits: Limits) -> None:
     if len(line) - (line[-1:] == b"\r") > limits.request_line_bytes:
         raise line_too_long(line, limits)
     if end:
-        explain_fields(section, limits)
+        explain_fields(section, limits, "bad-field", "head-too-large")
 
 
 def line_too_long(line: bytes, limits: Limits) -> RequestError:
@@ -961,15 +986,6 @@ def line_too_long(line: bytes, limits: Limits) -> RequestError:
     if b" " not in line[: limits.request_line_bytes]:
         return RequestError("bad-request-line", "no method is that long")
     return RequestError("target-too-long", f"the request line is longer than {limits.request_line_bytes} bytes", 414)
-
-
-def head_too_large(limits: Limits) -> RequestError:
-    """The error for a header section over its limits."""
-    return RequestError(
-        "head-too-large",
-        f"the header section has more than {limits.request_head_bytes} bytes or {limits.request_fields} fields",
-        431,
-    )
 
 
 def explain_request_line(line: bytes) -> None:
@@ -998,25 +1014,6 @@ def explain_request_line(line: bytes) -> None:
         raise RequestError("bad-request-line", "the target is not followed by one space, HTTP/, two digits and CRLF")
     if version.endswith(b"\n") and not version.startswith(b"HTTP/1"):
         raise RequestError("bad-version", "only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
-
-
-def explain_fields(section: bytes, limits: Limits) -> None:
-    """RFC 9112 5; `section` is what there is of the header section."""
-    broken = _BROKEN.search(section)
-    at = broken.start() if broken else len(section)
-    position = 0
-    for number, line in enumerate(section.split(b"\r\n")[:-1], 1):
-        position += len(line) + 2
-        if position - 2 > at:
-            break
-        if position > limits.request_head_bytes + 2 or (line and number > limits.request_fields):
-            raise head_too_large(limits)
-        if line and not _FIELD_LINE.fullmatch(line):
-            raise RequestError("bad-field", _what_is_wrong(line))
-    if min(at, len(section)) > limits.request_head_bytes + 2:
-        raise head_too_large(limits)
-    if broken:
-        raise RequestError("bad-field", "the header section holds a control character or a bare CR or LF")
 
 
 class Response:
@@ -1637,7 +1634,7 @@ def identify(authorization: bytes | None, certificate_name: bytes | None) -> byt
 
 
 def _base64(text: bytes) -> bytes | None:
-    """Base64 with or without its padding, as Java reads it; None for anything else (binascii skips what it can't read)."""
+    """Base64 with or without its padding, as Java reads it; None for all else (binascii skips what it can't read)."""
     padded = text if text.endswith(b"=") else text + b"=" * (-len(text) % 4)
     try:
         return binascii.a2b_base64(padded) if _BASE64.fullmatch(padded) else None
@@ -1922,7 +1919,7 @@ def _is_secret_document(path: bytes) -> bool:
 
 
 def _inflated(body: WireBody, coding: bytes, max_bytes: int) -> Iterator[bytes]:
-    """The body without its content coding (RFC 9110 8.4), in pieces. Raises _UnreadableError, also beyond `max_bytes`."""
+    """The body without its content coding (RFC 9110 8.4), in pieces. Raises _UnreadableError, also past `max_bytes`."""
     if _is_plain(body, coding):
         if len(body) > max_bytes:
             raise _UnreadableError
@@ -1941,7 +1938,7 @@ def _inflated(body: WireBody, coding: bytes, max_bytes: int) -> Iterator[bytes]:
 
 
 def _is_plain(body: WireBody, coding: bytes) -> bool:
-    """No coding, or one that Elasticsearch doesn't know and so ignores. Raises _UnreadableError for one we don't have."""
+    """No coding, or one that Elasticsearch doesn't know and so ignores. Raises _UnreadableError for others."""
     if coding in (b"gzip", b"x-gzip", b"deflate", b"x-deflate"):
         return False
     if coding in (b"", b"identity") or (coding not in (b"br", b"snappy", b"zstd") and body[0] in b"{[ \t\r\n"):
@@ -2149,7 +2146,7 @@ def _line_end(block: WireBody, at: int) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Bulk:
-    """A _bulk body; iterating gives what to record of it. May raise _UnreadableError the first time it is gone through."""
+    """A _bulk body; iterating gives what to record of it. The first time it may raise _UnreadableError."""
 
     body: WireBody
     coding: bytes
@@ -2358,7 +2355,7 @@ def redact_received(data: bytes) -> tuple[bytes, int]:
     for at in range(0, len(parts), 2):
         line = parts[at]
         if goes_on and line and (line[:1] in b" \t" or b":" not in line):
-            parts[at] = b""
+            parts[at] = PLACEHOLDER
         elif len(line) > 3:  # less can't name anything
             parts[at], goes_on = _redact_line(line)
             count += parts[at] is not line
