@@ -545,20 +545,21 @@ def too_large(max_bytes: int) -> RequestError:
     return RequestError("body-too-large", f"the body is larger than {max_bytes} bytes (--max-body)", 413)
 
 
-def too_many_fields(code: str, limits: Limits) -> RequestError:
+def too_many_fields(limits: Limits, trailer: bool = False) -> RequestError:
     """The error for a header or trailer section over its limits."""
     return RequestError(
-        code,
+        "trailers-too-large" if trailer else "head-too-large",
         f"the section has more than {limits.request_head_bytes} bytes or {limits.request_fields} fields",
         431,
     )
 
 
-def explain_fields(section: bytes, limits: Limits, malformed: str, too_large: str) -> None:
-    """Raise the RequestError, with one of two codes, for the first thing wrong in what there is of a field section.
+def explain_fields(section: bytes, limits: Limits, trailer: bool = False) -> None:
+    """Raise the RequestError for the first thing wrong in what there is of a field section (RFC 9112 5).
 
-    RFC 9112 5. Returns if more bytes can make it one.
+    Returns if more bytes can make it one.
     """
+    malformed = functools.partial(RequestError, "bad-trailer" if trailer else "bad-field")
     broken = _BROKEN.search(section)
     at = broken.start() if broken else len(section)
     position = 0
@@ -567,13 +568,13 @@ def explain_fields(section: bytes, limits: Limits, malformed: str, too_large: st
         if position - 2 > at:
             break
         if position > limits.request_head_bytes + 2 or (line and number > limits.request_fields):
-            raise too_many_fields(too_large, limits)
+            raise too_many_fields(limits, trailer)
         if line and not _FIELD_LINE.fullmatch(line):
-            raise RequestError(malformed, _what_is_wrong(line))
+            raise malformed(_what_is_wrong(line))
     if at > limits.request_head_bytes + 2:
-        raise too_many_fields(too_large, limits)
+        raise too_many_fields(limits, trailer)
     if broken:
-        raise RequestError(malformed, "a control character, or a bare CR or LF, stands among the fields")
+        raise malformed("a control character, or a bare CR or LF, stands among the fields")
 
 
 def _what_is_wrong(line: bytes) -> str:
@@ -668,11 +669,11 @@ class ChunkedDecoder:
         match = _FIELD_BLOCK_ONLY.match(data, position)
         limits = self._limits
         if match is None:
-            explain_fields(data[position:], limits, "bad-trailer", "trailers-too-large")
+            explain_fields(data[position:], limits, trailer=True)
             return -1
         lines = match[1].split(b"\r\n")[:-1]
         if len(match[1]) > limits.request_head_bytes or len(lines) > limits.request_fields:
-            raise too_many_fields("trailers-too-large", limits)
+            raise too_many_fields(limits, trailer=True)
         if not _NOT_IN_TRAILERS.isdisjoint(line.partition(b":")[0].lower() for line in lines):
             raise RequestError("bad-trailer", "a trailer field may not frame or route the message")
         self.complete = True
@@ -910,7 +911,7 @@ class RequestReader:
         if major != b"1":
             raise RequestError("bad-version", "only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
         if len(block) > limits.request_head_bytes or len(lines) > limits.request_fields:
-            raise too_many_fields("head-too-large", limits)
+            raise too_many_fields(limits)
         fields = []
         for line in lines:
             name, _, value = line.partition(b":")
@@ -978,7 +979,7 @@ def explain_head(buffer: bytes, limits: Limits) -> None:
     if len(line) - (line[-1:] == b"\r") > limits.request_line_bytes:
         raise line_too_long(line, limits)
     if end:
-        explain_fields(section, limits, "bad-field", "head-too-large")
+        explain_fields(section, limits)
 
 
 def line_too_long(line: bytes, limits: Limits) -> RequestError:
@@ -4544,10 +4545,13 @@ def record_start(audit: AuditLog, config: Config) -> None:
         raise StartError(f"--audit-log {config.audit_log}: it can't be written")
 
 
+def authority(host: str, port: int) -> str:
+    """Host and port as a URL has them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def description(config: Config, address: tuple[str, int]) -> str:
     """One line: what listens where, upstream, TLS, log."""
-    host, port = address
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     clients = "; client certificates required" if config.listen_tls and config.client_ca else ""
     if not config.upstream_tls:
         trust = ""
@@ -4559,8 +4563,8 @@ def description(config: Config, address: tuple[str, int]) -> str:
     log = "standard output" if config.audit_log == "-" else config.audit_log
     workers = f", {config.workers} workers" if config.workers > 1 else ""
     return (
-        f"{__version__} listening on http{'s' * config.listen_tls}://{where}{clients}, upstream"
-        f" http{'s' * config.upstream_tls}://{config.upstream_host}:{config.upstream_port}{trust},"
+        f"{__version__} listening on http{'s' * config.listen_tls}://{authority(*address)}{clients}, upstream"
+        f" http{'s' * config.upstream_tls}://{authority(config.upstream_host, config.upstream_port)}{trust},"
         f" audit log {log}{workers}"
     )
 
@@ -4842,10 +4846,12 @@ def parse_args(argv: list[str]) -> Config:
         parser.error(f"argument --no-tls: contradicts --tls {tls}")
     tls = "none" if no_tls else tls or "both"
     config = Config(listen_tls=tls in ("both", "listen"), upstream_tls=tls in ("both", "upstream"), **words)
-    if sum((config.insecure, config.ca is not None, config.ca_fingerprint is not None)) > 1:
-        parser.error("argument --insecure: only one of --insecure, --ca and --ca-fingerprint makes sense")
-    if not config.upstream_tls and (config.insecure or config.ca or config.ca_fingerprint):
-        parser.error("argument --ca: the upstream is spoken to without TLS, there is nothing to verify")
+    trust = [name for name in ("insecure", "ca", "ca_fingerprint") if getattr(config, name)]
+    options = " and ".join("--" + name.replace("_", "-") for name in trust)
+    if len(trust) > 1:
+        parser.error(f"argument {options}: only one of them says whom to trust")
+    if trust and not config.upstream_tls:
+        parser.error(f"argument {options}: the upstream is spoken to without TLS, there is nothing to verify")
     if not config.listen_tls and config.client_ca:
         parser.error("argument --client-ca: clients are spoken to without TLS, they can't show certificates")
     return config
