@@ -362,7 +362,6 @@ _FIELD_BLOCK = rb"((?:" + _TOKEN + rb":" + _VALUE + rb"\r\n)*)\r\n"
 _REQUEST_HEAD = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])\r\n" + _FIELD_BLOCK)
 _RESPONSE_HEAD = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: (" + _VALUE + rb"))?\r\n" + _FIELD_BLOCK)
 _FIELD_LINE = re.compile(_TOKEN + rb":" + _VALUE)
-_FIELD_BLOCK_ONLY = re.compile(_FIELD_BLOCK)
 _METHOD = re.compile(_TOKEN)
 _TARGET = re.compile(rb"[!\"$-~]+")
 _DIGITS_TO_0 = bytes.maketrans(b"123456789", b"000000000")
@@ -481,9 +480,9 @@ class Body:
         return joined
 
     def pieces(self) -> Iterator[Buffer]:
-        """All of it, in pieces of RELAY_BYTES at most when it lies in a file; can be asked for again."""
+        """All of it: at once, or in pieces of RELAY_BYTES when it lies in a file; can be asked for again."""
         if self._file is None:
-            yield from self._pieces
+            yield bytes(self.whole())  # A million one-byte chunks become one piece.
             return
         offset = 0
         while offset < self.size:
@@ -554,30 +553,7 @@ def too_many_fields(limits: Limits, trailer: bool = False) -> RequestError:
     )
 
 
-def explain_fields(section: bytes, limits: Limits, trailer: bool = False) -> None:
-    """Raise the RequestError for the first thing wrong in what there is of a field section (RFC 9112 5).
-
-    Returns if more bytes can make it one.
-    """
-    malformed = functools.partial(RequestError, "bad-trailer" if trailer else "bad-field")
-    broken = _BROKEN.search(section)
-    at = broken.start() if broken else len(section)
-    position = 0
-    for number, line in enumerate(section.split(b"\r\n")[:-1], 1):
-        position += len(line) + 2
-        if position - 2 > at:
-            break
-        if position > limits.request_head_bytes + 2 or (line and number > limits.request_fields):
-            raise too_many_fields(limits, trailer)
-        if line and not _FIELD_LINE.fullmatch(line):
-            raise malformed(_what_is_wrong(line))
-    if at > limits.request_head_bytes + 2:
-        raise too_many_fields(limits, trailer)
-    if broken:
-        raise malformed("a control character, or a bare CR or LF, stands among the fields")
-
-
-def _what_is_wrong(line: bytes) -> str:
+def what_is_wrong(line: bytes) -> str:
     name, colon, _ = line.partition(b":")
     if line[:1] in b" \t":
         return "a header field is folded over two lines, or the first one begins with white space"
@@ -596,7 +572,10 @@ class ChunkedDecoder:
     `max_bytes` bounds the decoded body: more raises RequestError `body-too-large` with status 413.
     """
 
-    __slots__ = ("complete", "_remaining", "_state", "_partial", "_total", "_max_bytes", "_limits")
+    __slots__ = (
+        "complete", "_remaining", "_state", "_partial", "_total", "_max_bytes", "_limits", "_trailer_bytes",
+        "_trailer_fields",
+    )  # fmt: skip
     chunked = True
 
     def __init__(self, limits: Limits, max_bytes: int | None = None) -> None:
@@ -606,7 +585,9 @@ class ChunkedDecoder:
         self._total = 0
         self._remaining = 0
         self._state: Callable[[bytes, int, list[Buffer]], int] = self._size_line
-        self._partial = b""  # The beginning of a line or of the trailer section: never more than its bound.
+        self._trailer_bytes = 0
+        self._trailer_fields = 0
+        self._partial = b""  # The beginning of a line: never more than its bound.
 
     def decode(self, data: bytes) -> tuple[list[Buffer], bytes]:
         """Body bytes found in `data`, and what lies behind the body once it is complete."""
@@ -635,7 +616,7 @@ class ChunkedDecoder:
         self._total += self._remaining
         if self._max_bytes is not None and self._total > self._max_bytes:
             raise too_large(self._max_bytes)
-        self._state = self._data if self._remaining else self._trailers
+        self._state = self._data if self._remaining else self._trailer_line
         return match.end()
 
     @staticmethod
@@ -665,19 +646,31 @@ class ChunkedDecoder:
             raise RequestError("bad-chunk", "a chunk's data does not end with CRLF where its size says")
         return -1
 
-    def _trailers(self, data: bytes, position: int, _pieces: list[Buffer]) -> int:
-        match = _FIELD_BLOCK_ONLY.match(data, position)
+    def _trailer_line(self, data: bytes, position: int, _pieces: list[Buffer]) -> int:
         limits = self._limits
-        if match is None:
-            explain_fields(data[position:], limits, trailer=True)
-            return -1
-        lines = match[1].split(b"\r\n")[:-1]
-        if len(match[1]) > limits.request_head_bytes or len(lines) > limits.request_fields:
+        end = data.find(b"\n", position) + 1
+        line = data[position : end or len(data)]
+        broken = _BROKEN.search(line)
+        if self._trailer_bytes + (broken.start() if broken else len(line)) > limits.request_head_bytes + 2:
             raise too_many_fields(limits, trailer=True)
-        if not _NOT_IN_TRAILERS.isdisjoint(line.partition(b":")[0].lower() for line in lines):
+        if broken:
+            raise RequestError(
+                "bad-trailer", "a control character, or a bare CR or LF, stands among the trailer fields"
+            )
+        if not end:
+            return -1
+        if line == b"\r\n":
+            self.complete = True
+            return end
+        self._trailer_bytes += len(line)
+        self._trailer_fields += 1
+        if self._trailer_bytes > limits.request_head_bytes + 2 or self._trailer_fields > limits.request_fields:
+            raise too_many_fields(limits, trailer=True)
+        if not _FIELD_LINE.fullmatch(line[:-2]):
+            raise RequestError("bad-trailer", what_is_wrong(line[:-2]))
+        if line.partition(b":")[0].lower() in _NOT_IN_TRAILERS:
             raise RequestError("bad-trailer", "a trailer field may not frame or route the message")
-        self.complete = True
-        return match.end()
+        return end
 
 
 Decoder = LengthDecoder | ChunkedDecoder | UntilCloseDecoder
@@ -1017,6 +1010,28 @@ def explain_request_line(line: bytes) -> None:
         raise RequestError("bad-version", "only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
 
 
+def explain_fields(section: bytes, limits: Limits) -> None:
+    """Raise the RequestError for the first thing wrong in what there is of a header section (RFC 9112 5).
+
+    Returns if more bytes can make it one.
+    """
+    broken = _BROKEN.search(section)
+    at = broken.start() if broken else len(section)
+    position = 0
+    for number, line in enumerate(section.split(b"\r\n")[:-1], 1):
+        position += len(line) + 2
+        if position - 2 > at:
+            break
+        if position > limits.request_head_bytes + 2 or (line and number > limits.request_fields):
+            raise too_many_fields(limits)
+        if line and not _FIELD_LINE.fullmatch(line):
+            raise RequestError("bad-field", what_is_wrong(line))
+    if at > limits.request_head_bytes + 2:
+        raise too_many_fields(limits)
+    if broken:
+        raise RequestError("bad-field", "a control character, or a bare CR or LF, stands among the fields")
+
+
 class Response:
     """The head of one response; `fields` as in Request, `decoder` for its body (None: no body)."""
 
@@ -1286,7 +1301,7 @@ class ParkedStream:
     peer takes nothing, or too little, for too long.
     """
 
-    __slots__ = ("sock", "sent", "_tls", "_limits")
+    __slots__ = ("sock", "sent", "_tls", "_limits", "_waited", "_taken")
 
     def __init__(self, sock: socket.socket, limits: Limits) -> None:
         sock.setblocking(False)
@@ -1294,6 +1309,8 @@ class ParkedStream:
         self.sent = 0
         self._tls: ssl.SSLSocket | None = None
         self._limits = limits
+        self._waited = 0.0  # seconds this response has waited for the peer
+        self._taken = 0  # bytes the peer took meanwhile
 
     def peek(self) -> bytes | None:
         """The first byte that waits, left where it is; None for nothing yet, empty for the end of the stream."""
@@ -1378,15 +1395,21 @@ class ParkedStream:
         self.sent += count
         return count
 
+    def new_pace(self) -> None:
+        """Begin to judge anew how fast the peer takes what it is sent."""
+        self._waited = 0.0
+        self._taken = 0
+
     def _send_rest(self, view: memoryview) -> None:
         limits = self._limits
-        started = time.monotonic()
-        before = self.sent
         while view:
+            began = time.monotonic()
             self._wait_writable(limits.write_stall_seconds)
-            view = view[self._send_some(view) :]
-            late = time.monotonic() - started - limits.write_grace_seconds
-            if late > 0 and self.sent - before < late * limits.write_rate_bytes:
+            count = self._send_some(view)
+            view = view[count:]
+            self._waited += time.monotonic() - began
+            self._taken += count
+            if self._taken < (self._waited - limits.write_grace_seconds) * limits.write_rate_bytes:
                 raise TimeoutError("the peer reads too slowly")
 
     def _wait_writable(self, seconds: float) -> None:
@@ -3625,6 +3648,7 @@ class Reply:
 
     def begin(self, response: Response) -> None:
         """Prepare the head, with the framing this client can read."""
+        self.stream.new_pace()
         decoder = response.decoder
         framing = None  # the upstream's own
         if isinstance(decoder, (ChunkedDecoder, UntilCloseDecoder)):
@@ -4364,7 +4388,9 @@ class Server(socketserver.ThreadingTCPServer):
         if keep:
             fd = session.fileno()
             self._parked[fd] = session
-            self._poller.arm(fd)
+            # From here on it is not ours: the poller may have closed it already, at its deadline or at a stop.
+            with contextlib.suppress(OSError, ValueError):
+                self._poller.arm(fd)
         else:
             self._sessions.discard(session)
             session.close()
