@@ -2460,7 +2460,7 @@ class Exchange:
         if redact:
             if query:
                 query, self.redacted = redact_query(path, query)
-            if b"@" in path:
+            if b"@" in path and not path.startswith(b"/"):  # Only a URL has userinfo; in a path it means nothing.
                 path, count = redact_userinfo(path)
                 self.redacted += count
         self.method = escape(method)
