@@ -652,8 +652,9 @@ def parse_requests(pieces: Iterable[bytes], keep: list[es_proxy.Request] | None 
                 assert request.body is not None
                 body = bytes(request.body.whole())
                 fields = [(name, value) for _, name, value in request.fields]
-                parsed.messages.append((request.method, request.target, request.minor, fields, body,
-                                        request.keep_alive))
+                parsed.messages.append(
+                    (request.method, request.target, request.minor, fields, body, request.keep_alive)
+                )
                 if keep is not None:
                     keep.append(request)
         reader.end()
@@ -828,7 +829,8 @@ ROWS += [
         ("question-marks", b"/a?b?c?"), ("empty-query", b"/a?"), ("query-alone", b"/?"), ("semicolon", b"/a;b=c,d"),
         ("star", b"/*/_search"), ("date-math", b"/%3Clogs-%7Bnow%2Fd%7D%3E/_search?q=a+b%20c&pretty"),
         ("none", b"/None"),
-        ("dash", b"/-"), ("url-inside", b"/http://b/x"), ("record-words", b"/Status:?Body:"),
+        ("dash", b"/-"), ("url-inside", b"/http://b/x"), ("user-inside", b"/http://u:p@b/x"),
+        ("record-words", b"/Status:?Body:"),
     )
 ]  # fmt: skip
 
@@ -960,8 +962,12 @@ ROWS += [
     for sep in (b" ", b"\t", b"\x85", b"\xa0", b"\xad")
     for line in (b"Host: a", b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X: y")
     for data in [
-        ask(b"POST / HTTP/1.1", line.replace(b":", sep + b":"), host=None if line[:1] == b"H" else b"Host: a",
-            body=b"hello")
+        ask(
+            b"POST / HTTP/1.1",
+            line.replace(b":", sep + b":"),
+            host=None if line[:1] == b"H" else b"Host: a",
+            body=b"hello",
+        )
     ]
 ]
 ROWS += [
@@ -984,8 +990,9 @@ ROWS += [
     relay("13-no-space", get(b"X:y"), Want(fields=(b"X: y",))),
     relay("13-many-spaces", get(b"X: \t y \t"), Want(fields=(b"X: y",))),
     relay("13-colons-in-value", get(b"X:: y:"), Want(fields=(b"X: : y:",))),
-    relay("13-order-case-repeats", get(b"x: 1", b"B: 2", b"X: 3", b"b:"),
-          Want(fields=(b"x: 1", b"B: 2", b"X: 3", b"b: "))),
+    relay(
+        "13-order-case-repeats", get(b"x: 1", b"B: 2", b"X: 3", b"b:"), Want(fields=(b"x: 1", b"B: 2", b"X: 3", b"b: "))
+    ),
 ]
 
 # == 14. Every byte at every place of a field line: only tokens in a name, only OWS around a value, get through ====
@@ -1287,8 +1294,11 @@ ROWS += [
 # == 25. Content-Length together with Transfer-Encoding ==========================================================
 
 ROWS += [
-    refuse(f"25-{length.decode() or 'empty'}-{coding.decode() or 'empty'}-{order}", post(*lines, body=HELLO_CHUNKED),
-           "bad-framing")
+    refuse(
+        f"25-{length.decode() or 'empty'}-{coding.decode() or 'empty'}-{order}",
+        post(*lines, body=HELLO_CHUNKED),
+        "bad-framing",
+    )
     for length in (b"0", b"5", b"15", b"x", b"")
     for coding in (b"chunked", b"identity", b"gzip", b"")
     for order, lines in (
@@ -1297,8 +1307,11 @@ ROWS += [
     )
 ]
 ROWS += [
-    refuse("25-apart", post(b"Content-Length: 5", b"X: y", b"Transfer-Encoding: chunked", body=HELLO_CHUNKED),
-           "bad-framing"),
+    refuse(
+        "25-apart",
+        post(b"Content-Length: 5", b"X: y", b"Transfer-Encoding: chunked", body=HELLO_CHUNKED),
+        "bad-framing",
+    ),
     refuse("25-on-get", get(b"Content-Length: 0", b"Transfer-Encoding: chunked"), "bad-framing"),
 ]
 
@@ -1370,8 +1383,9 @@ def numbered(count: int) -> tuple[bytes, tuple[Want, ...]]:
     data, want = b"", []
     for number in range(count):
         method, body = (b"POST", b"%d" % number) if number % 2 else (b"GET", b"")
-        data += ask(b"%b /%d HTTP/1.1" % (method, number), *([b"Content-Length: %d" % len(body)] if body else []),
-                    body=body)
+        data += ask(
+            b"%b /%d HTTP/1.1" % (method, number), *([b"Content-Length: %d" % len(body)] if body else []), body=body
+        )
         want.append(Want(method, b"/%d" % number, body))
     return data, tuple(want)
 
@@ -1397,8 +1411,9 @@ ROWS += [
     refuse("29-after-413", post(b"Content-Length: %d" % (MAX_BODY + 1), body=EVIL * 3), "body-too-large"),
     refuse("29-after-413-all-of-it", post(b"Content-Length: 1000000", body=EVIL * 20_000), "body-too-large"),
     refuse("29-after-400", post(b"Content-Length: %d" % len(EVIL), b"X : y", body=EVIL), "bad-field"),
-    refuse("29-after-405", ask(b"TRACE / HTTP/1.1", b"Content-Length: %d" % len(EVIL), body=EVIL),
-           "method-not-allowed"),
+    refuse(
+        "29-after-405", ask(b"TRACE / HTTP/1.1", b"Content-Length: %d" % len(EVIL), body=EVIL), "method-not-allowed"
+    ),
     refuse("29-after-417", post(b"Expect: x", b"Content-Length: %d" % len(EVIL), body=EVIL), "bad-expectation"),
     refuse("29-after-501", post(b"Transfer-Encoding: gzip, chunked", body=EVIL), "coding-not-implemented"),
     refuse("29-after-a-bad-chunk", chunked(b"Z\r\n" + EVIL), "bad-chunk"),
@@ -1421,12 +1436,21 @@ def test_29_silence_inside_a_body_ends_the_connection(tmp_path: Path) -> None:
 
 ROWS += [
     refuse(f"30-{name.decode().lower()}", get(b"Connection: " + name), "bad-connection")
-    for name in (b"Content-Length", b"Transfer-Encoding", b"Host", b"Authorization", b"close, Content-Length",
-                 b"x,HOST")
+    for name in (
+        b"Content-Length",
+        b"Transfer-Encoding",
+        b"Host",
+        b"Authorization",
+        b"close, Content-Length",
+        b"x,HOST",
+    )
 ]
 ROWS += [
-    refuse("30-length-with-body", post(b"Connection: content-length", b"Content-Length: 5", body=b"hello"),
-           "bad-connection"),
+    refuse(
+        "30-length-with-body",
+        post(b"Connection: content-length", b"Content-Length: 5", body=b"hello"),
+        "bad-connection",
+    ),
     refuse("30-two-fields", get(b"Connection: x", b"Connection: host"), "bad-connection"),
 ]
 
@@ -1472,8 +1496,12 @@ ROWS += [
 ]  # fmt: skip
 ROWS += [
     refuse(f"32-{name}", chunked(b"5\r\nhello\r\n0\r\n" + end), "bad-trailer")
-    for name, end in (("terminator-lf", b"\n"), ("terminator-cr-x", b"\rX"), ("terminator-cr-cr", b"\r\r"),
-                      ("nul", b"\0\r\n"))
+    for name, end in (
+        ("terminator-lf", b"\n"),
+        ("terminator-cr-x", b"\rX"),
+        ("terminator-cr-cr", b"\r\r"),
+        ("nul", b"\0\r\n"),
+    )
 ]
 ROWS += [
     refuse("32-terminator-cr", chunked(b"5\r\nhello\r\n0\r\n\r"), "incomplete-request", end=True),
@@ -1711,8 +1739,11 @@ ROWS += [
 ROWS += [
     refuse("40-options-0", ask(b"OPTIONS * HTTP/1.1", b"Max-Forwards: 0"), "max-forwards"),
     refuse("40-options-0-path", ask(b"OPTIONS /a HTTP/1.1", b"Max-Forwards: 0"), "max-forwards"),
-    relay("40-options-5", ask(b"OPTIONS * HTTP/1.1", b"Max-Forwards: 5"),
-          Want(b"OPTIONS", b"*", fields=(b"Max-Forwards: 4",))),
+    relay(
+        "40-options-5",
+        ask(b"OPTIONS * HTTP/1.1", b"Max-Forwards: 5"),
+        Want(b"OPTIONS", b"*", fields=(b"Max-Forwards: 4",)),
+    ),
     relay("40-get-0", get(b"Max-Forwards: 0"), Want(fields=(b"Max-Forwards: 0",))),
     relay("40-via-is-kept-not-added", get(b"Via: 1.1 x"), Want(fields=(b"Via: 1.1 x",))),
     relay("40-no-via", get(), Want(fields=())),
@@ -1724,12 +1755,16 @@ ROWS += [
 # == 41. Host, Accept-Encoding, Authorization ====================================================================
 
 ROWS += [
-    relay("41-host-keeps-its-place", ask(b"GET / HTTP/1.1", b"Host: other:9200", b"B: 2", host=b"A: 1"),
-          Want(fields=(b"A: 1", b"B: 2"))),
+    relay(
+        "41-host-keeps-its-place",
+        ask(b"GET / HTTP/1.1", b"Host: other:9200", b"B: 2", host=b"A: 1"),
+        Want(fields=(b"A: 1", b"B: 2")),
+    ),
     relay("41-nothing-is-added", get(), Want(fields=())),
     relay("41-accept-encoding-is-kept", get(b"Accept-Encoding: br"), Want(fields=(b"Accept-Encoding: br",))),
-    relay("41-authorization", get(b"Authorization: Basic " + SECRET),
-          Want(fields=(b"Authorization: Basic " + SECRET,))),
+    relay(
+        "41-authorization", get(b"Authorization: Basic " + SECRET), Want(fields=(b"Authorization: Basic " + SECRET,))
+    ),
     refuse("41-authorization-refused", get(b"Authorization: Basic " + SECRET, b"Host: b"), "bad-host"),
     refuse("41-authorization-bad-chunk", chunked(b"Z\r\n", b"Authorization: Basic " + SECRET), "bad-chunk"),
 ]
@@ -1748,6 +1783,7 @@ def test_request(lab: Lab, row: Row) -> None:
         if way != "followed" or not row.end:  # Behind a stream's end nothing follows.
             with lab.alone():
                 try_row(lab, row, way)
+
 
 # == How a response is tried =====================================================================================
 
@@ -1789,8 +1825,9 @@ def relayed(case: str, raw: bytes, body: bytes = b"", **more: Any) -> Response:
     return Response(case, raw, "relay", body=body, **more)
 
 
-def bad(case: str, raw: bytes, then: str = "wait", code: str = "upstream-malformed",
-        method: bytes = b"GET") -> Response:
+def bad(
+    case: str, raw: bytes, then: str = "wait", code: str = "upstream-malformed", method: bytes = b"GET"
+) -> Response:
     """A row for which the client gets 502 before a byte of the upstream's, and the connection is thrown away."""
     return Response(case, raw, "bad", method, then, 502, reused=False, code=code)
 
@@ -2122,8 +2159,11 @@ RESPONSES += [
 MANY_WARNINGS = tuple(b'Warning: 299 Elasticsearch-8 "[%d] is deprecated"' % number for number in range(200))
 RESPONSES += [
     relayed("48-200-fields", sized(b"hello", *MANY_WARNINGS), b"hello", fields=(b"Content-Length: 5", *MANY_WARNINGS)),
-    relayed("48-1000-fields", answer(*[b"X: y"] * 999, b"Content-Length: 0"),
-            fields=(*[b"X: y"] * 999, b"Content-Length: 0")),
+    relayed(
+        "48-1000-fields",
+        answer(*[b"X: y"] * 999, b"Content-Length: 0"),
+        fields=(*[b"X: y"] * 999, b"Content-Length: 0"),
+    ),
     relayed("48-60-kb-value", sized(b"", b"X: " + b"x" * 60_000)),
     bad("48-1001-fields", answer(*[b"X: y"] * 1000, b"Content-Length: 0")),
     bad("48-65-kib-line", sized(b"hello", b"X: " + b"x" * 65 * KIB)),
@@ -2193,14 +2233,26 @@ def test_48_a_huge_length_costs_no_memory(tmp_path: Path) -> None:
 # == 49. Responses that end with their connection ================================================================
 
 RESPONSES += [
-    relayed("49-until-close", answer(body=b"hello"), b"hello", then="close", fields=(b"Transfer-Encoding: chunked",),
-            reused=False),
+    relayed(
+        "49-until-close",
+        answer(body=b"hello"),
+        b"hello",
+        then="close",
+        fields=(b"Transfer-Encoding: chunked",),
+        reused=False,
+    ),
     relayed("49-until-close-empty", answer(b"X: y"), then="close", reused=False),
-    relayed("49-connection-close", sized(b"hello", b"Connection: close"), b"hello", fields=(b"Content-Length: 5",),
-            reused=False),
+    relayed(
+        "49-connection-close",
+        sized(b"hello", b"Connection: close"),
+        b"hello",
+        fields=(b"Content-Length: 5",),
+        reused=False,
+    ),
     relayed("49-1.0-length", sized(b"hello", line=b"HTTP/1.0 200 OK"), b"hello", reused=False),
-    relayed("49-1.0-keep-alive", sized(b"hello", b"Connection: keep-alive", line=b"HTTP/1.0 200 OK"), b"hello",
-            reused=True),
+    relayed(
+        "49-1.0-keep-alive", sized(b"hello", b"Connection: keep-alive", line=b"HTTP/1.0 200 OK"), b"hello", reused=True
+    ),
     relayed("49-1.0-until-close", answer(body=b"hello", line=b"HTTP/1.0 200 OK"), b"hello", then="close", reused=False),
     relayed("49-until-close-looks-chunked", answer(body=HELLO_CHUNKED), HELLO_CHUNKED, then="close", reused=False),
     abort("49-until-close-reset", answer(body=b"hello"), "upstream-reset", "reset"),
@@ -2245,8 +2297,15 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
         (answer(b"Content-Length: 50", body=b"hello"), True, False),
         (answer(b"Content-Length: 50", body=b"hello"), False, False),
     ],
-    ids=["until-close-notify", "until-close-cut", "length-cut", "chunked-cut", "chunked-notify", "short-notify",
-         "short-cut"],
+    ids=[
+        "until-close-notify",
+        "until-close-cut",
+        "length-cut",
+        "chunked-cut",
+        "chunked-notify",
+        "short-notify",
+        "short-cut",
+    ],
 )
 def test_49_the_end_of_a_tls_stream_must_be_said(
     tmp_path: Path, certificates: Certificates, raw: bytes, notify: bool, complete: bool
@@ -2275,8 +2334,12 @@ def test_49_the_end_of_a_tls_stream_must_be_said(
 
 @pytest.mark.parametrize(
     ("raw", "whole"),
-    [(coded(HELLO_CHUNKED), True), (answer(body=b"hello"), True), (sized(b"hello"), True),
-     (coded(b"5\r\nhello\r\n"), False)],
+    [
+        (coded(HELLO_CHUNKED), True),
+        (answer(body=b"hello"), True),
+        (sized(b"hello"), True),
+        (coded(b"5\r\nhello\r\n"), False),
+    ],
     ids=["chunked", "until-close", "length", "broken"],
 )
 def test_49_a_client_of_http_1_0_is_never_sent_chunks(tmp_path: Path, raw: bytes, whole: bool) -> None:
@@ -2608,8 +2671,9 @@ def test_55_the_first_request_of_a_connection_is_not_sent_again(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-@pytest.mark.parametrize("raw", [sized(b"hello"), coded(HELLO_CHUNKED), HINTS + sized(b"hello")],
-                         ids=["length", "chunked", "103"])
+@pytest.mark.parametrize(
+    "raw", [sized(b"hello"), coded(HELLO_CHUNKED), HINTS + sized(b"hello")], ids=["length", "chunked", "103"]
+)
 def test_55_one_byte_of_a_response_and_it_is_not_sent_again(tmp_path: Path, raw: bytes, how: str) -> None:
     """The upstream goes away at every possible byte: 502 while the client has nothing, cut off later; asked once."""
     with laboratory(tmp_path, threads=1) as lab:
@@ -2626,8 +2690,9 @@ def test_55_one_byte_of_a_response_and_it_is_not_sent_again(tmp_path: Path, raw:
                 assert b"hello".startswith(reply.body)
 
 
-def test_55_a_connection_that_can_not_be_made_is_tried_once_more(tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_55_a_connection_that_can_not_be_made_is_tried_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing was sent, so it is safe for every method."""
     connect = http.client.HTTPConnection.connect
     refusals = [ConnectionRefusedError(errno.ECONNREFUSED, "refused")]
@@ -2682,8 +2747,10 @@ class Traffic:
     def wait(self) -> None:
         """Until every client has been served once more."""
         before = list(self.served)
-        until(lambda: all(now > then for now, then in zip(self.served, before, strict=True)),
-              "every client is served again")
+        until(
+            lambda: all(now > then for now, then in zip(self.served, before, strict=True)),
+            "every client is served again",
+        )
 
 
 def test_56_no_answers_are_mixed_up_when_the_upstream_restarts(tmp_path: Path) -> None:
@@ -2733,8 +2800,9 @@ def test_57_the_deadline_of_a_head_fires_although_bytes_come(tmp_path: Path, beg
         assert request.marks == {"Rejected": "request-timeout"} and response.status == 408
 
 
-@pytest.mark.parametrize(("framing", "drip"), [(b"Content-Length: 60000", b"x"),
-                                               (b"Transfer-Encoding: chunked", b"1\r\nx\r\n")])
+@pytest.mark.parametrize(
+    ("framing", "drip"), [(b"Content-Length: 60000", b"x"), (b"Transfer-Encoding: chunked", b"1\r\nx\r\n")]
+)
 def test_57_the_rate_of_a_body_is_enforced_although_bytes_come(tmp_path: Path, framing: bytes, drip: bytes) -> None:
     """Never silent for body_silence_seconds, but slower than body_rate_bytes."""
     limits = {"body_silence_seconds": 0.2, "body_rate_bytes": 1e9}
@@ -2849,8 +2917,9 @@ def test_57_ten_thousand_idle_connections(tmp_path: Path, many_files: int) -> No
 @pytest.mark.parametrize("slowness", ["stall", "rate"])
 def test_58_a_client_that_reads_too_slowly_is_let_go(tmp_path: Path, slowness: str) -> None:
     """100 MB for a client that takes nothing, or a byte at a time: closed, in constant memory, on record."""
-    limits = {"write_stall_seconds": 0.3} if slowness == "stall" else {"write_grace_seconds": 0.2,
-                                                                       "write_rate_bytes": 1e12}
+    limits = (
+        {"write_stall_seconds": 0.3} if slowness == "stall" else {"write_grace_seconds": 0.2, "write_rate_bytes": 1e12}
+    )
     with laboratory(tmp_path, limits=limits) as lab, lab.client(receive_buffer=4096) as client:
 
         def flow(incoming: Incoming, _: Seen) -> bool:
@@ -2904,9 +2973,7 @@ def unread_by(port: int) -> int:
 
 def unsent(clients: list[Client]) -> int:
     """Bytes that the kernel still holds on the way to the proxy."""
-    return sum(
-        struct.unpack("i", fcntl.ioctl(client.sock, termios.TIOCOUTQ, b"\0" * 4))[0] for client in clients
-    )
+    return sum(struct.unpack("i", fcntl.ioctl(client.sock, termios.TIOCOUTQ, b"\0" * 4))[0] for client in clients)
 
 
 def test_58_many_slow_uploads_are_held_in_bounded_memory(tmp_path: Path, many_files: int) -> None:
@@ -3312,8 +3379,9 @@ def count_wrong(rng: random.Random, data: bytes) -> bytes:
         return data
     match = rng.choice(numbers)
     digits = match[0]
-    changed = rng.choice((b"%d" % rng.randrange(40), b"0" + digits, digits + b"0", b"+" + digits, digits + b" ", b"-1",
-                          b"%x" % 2**64))
+    changed = rng.choice(
+        (b"%d" % rng.randrange(40), b"0" + digits, digits + b"0", b"+" + digits, digits + b" ", b"-1", b"%x" % 2**64)
+    )
     return data[: match.start()] + changed + data[match.end() :]
 
 
@@ -3324,8 +3392,19 @@ def recase(rng: random.Random, data: bytes) -> bytes:
     return data[:start] + data[start:stop].swapcase() + data[stop:]
 
 
-MUTATIONS: tuple[Mutation, ...] = (flip, insert, insert, overwrite, remove, truncate, repeat, rearrange, rearrange,
-                                   count_wrong, recase)
+MUTATIONS: tuple[Mutation, ...] = (
+    flip,
+    insert,
+    insert,
+    overwrite,
+    remove,
+    truncate,
+    repeat,
+    rearrange,
+    rearrange,
+    count_wrong,
+    recase,
+)
 
 
 def read_one(raw: bytes) -> tuple[bytes, bytes, bytes, bytes] | None:
