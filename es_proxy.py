@@ -1052,8 +1052,8 @@ def response_framing(response: Response, method: bytes, limits: Limits) -> Decod
     """RFC 9112 6.3 for responses; None when there is no body. Raises UpstreamError."""
     codings = [value for lower, _, value in response.fields if lower == b"transfer-encoding"]
     lengths = [value for lower, _, value in response.fields if lower == b"content-length"]
-    if len(lengths) > 1 or (lengths and not _DIGITS.fullmatch(lengths[0])):
-        raise _malformed("Content-Length is not one decimal number")
+    if len(lengths) > 1 or (lengths and not (_DIGITS.fullmatch(lengths[0]) and len(lengths[0]) < 20)):
+        raise _malformed("Content-Length is not one decimal number, or no number that anything has so many of")
     if codings and (lengths or len(codings) > 1 or codings[0].lower() != b"chunked" or not response.minor):
         raise _malformed("Transfer-Encoding is not chunked, alone and in HTTP/1.1")
     # Step 1: no body, whatever the fields say.

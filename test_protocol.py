@@ -1930,7 +1930,7 @@ RESPONSES += [
         ("list-equal", b"5, 5"),
         ("list-different", b"5, 6"), ("two-words", b"5 5"), ("hex", b"0x5"), ("fraction", b"5.0"), ("semicolon", b"5;"),
         ("quoted", b'"5"'), ("superscript", "\u00b2".encode()), ("a0", b"\xa05"), ("5000-digits", b"9" * 5000),
-        ("vt", b"\v5"),
+        ("vt", b"\v5"), ("21-digits", b"1" + b"0" * 20),
     )
 ]  # fmt: skip
 RESPONSES += [
