@@ -260,7 +260,7 @@ class StartError(Exception):
 
 def say(text: str) -> None:
     """Tell the operator one line on standard error; control characters are made visible, a closed stderr is ignored."""
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    line = "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in text)
     with contextlib.suppress(OSError, ValueError):  # Nobody listens: no reason to stop relaying.
         os.write(2, f"es-proxy: {line}\n".encode("utf-8", "backslashreplace"))
 
@@ -1590,10 +1590,10 @@ def pinned_context(sock: ssl.SSLSocket, fingerprint: str) -> ssl.SSLContext | No
 
 RECORD = re.compile(
     r"(?P<timestamp>\S+) ID: (?P<id>\S+) User: (?P<user>\S*) Path: (?P<path>\S*) Query: (?P<query>\S*)"
-    r" Method: (?P<method>\S*) Source: (?P<source>\S*) Agent: (?P<agent>.*?)"
+    r" Method: (?P<method>\S*) Source: (?P<source>\S*) Agent: (?P<agent>(?:[^:]|:(?! ))*?)"
     r" (?:Body: (?P<body>[A-Za-z0-9+/=]*)"
     r"|Status: (?P<status>[0-9]{3}) Duration: (?P<duration>[0-9]+\.[0-9]{3})s Size: (?P<size>[0-9]+))"
-    r"(?P<marks>(?: [A-Z][A-Za-z0-9-]*: \S+)*)"
+    r"(?P<marks>(?: (?!ID: )[A-Z][A-Za-z0-9-]*: \S+)*)"
 )
 EVENT = re.compile(r"(?P<timestamp>\S+) Event: (?P<event>\S+)(?P<marks>(?: [A-Z][A-Za-z0-9-]*: \S+)*)")
 
@@ -2633,7 +2633,7 @@ def _ecs_document(now: float, exchange: Exchange, action: str, kind: str) -> dic
         (_forwarded_key(exchange.forwarded), exchange.forwarded),
         ("http.request.headers.x_opaque_id", exchange.opaque_id),
     ):
-        if value and value not in STAND_INS:
+        if value not in STAND_INS and (value or key == "url.query"):
             document[key] = readable(unescape(value))
     return document
 
@@ -2710,7 +2710,8 @@ class Gate:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="es-proxy-")
-        self._flag = mmap.mmap(-1, 1)  # shared by all: 1 while a line is being written
+        self._flag = mmap.mmap(-1, 1)  # shared by all: 1 while a line is being written, or when one is torn
+        self.torn = False  # what is left when the turn ends
 
     def __enter__(self) -> bool:
         """Wait for the turn; True when the last line may be torn."""
@@ -2720,7 +2721,7 @@ class Gate:
         return torn
 
     def __exit__(self, *_: object) -> None:
-        self._flag[0] = 0
+        self._flag[0] = self.torn
         fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def close(self) -> None:
@@ -2752,7 +2753,8 @@ class LogFile:
         self._recovered = recovered
         self._torn = False  # a piece of a line stands at the end and could not be dealt with
         self._instead_of = instead_of  # the one this replaces: its lock is ours
-        self._end = 0  # its size when `missing` last looked
+        self._end = 0  # its size behind our last line, or when we last looked
+        self._shortened = False  # it was smaller than that
         self.fd = self._open_stdout() if path in ("-", "/dev/stdout") else self._open()
 
     @staticmethod
@@ -2823,35 +2825,53 @@ class LogFile:
         os.write(fd, b"\n" + self._recovered())
         say(f"{self.path} ended in the middle of a line (a crash, or a full disk); closed it off")
 
-    def append(self, line: WireBody) -> None:
-        """Write the whole line, or take back what was written of it. Raises OSError."""
+    def append(self, *lines: WireBody) -> None:
+        """Write whole lines at once, or take back what was written of them. Raises OSError."""
         if self._gate is None:
-            self._append(line)
+            self._append(lines)
             return
-        with self._gate as torn:
-            if torn and self.regular:
-                self._close_torn_tail(self.fd)
-            elif torn:
-                self._torn = True
-            self._append(line)
-
-    def _append(self, line: WireBody) -> None:
-        if self._torn:
-            os.write(self.fd, b"\n")
-            self._torn = False
-        written = os.write(self.fd, line)
-        if written < len(line):
-            self._append_rest(line, written)
-
-    def _append_rest(self, line: WireBody, written: int) -> None:
-        with memoryview(line) as view:
+        with self._gate as self._torn:
             try:
-                while written < len(line):
-                    with view[written:] as rest:
-                        written += os.write(self.fd, rest)
-            except OSError:
-                self._take_back(written)
-                raise
+                if self._torn and self.regular:
+                    self._close_torn_tail(self.fd)
+                    self._torn = False
+                self._append(lines)
+            finally:
+                self._gate.torn = self._torn
+
+    def _append(self, lines: tuple[WireBody, ...]) -> None:
+        if self._torn:
+            lines = (b"\n", *lines)
+        if self._gate is not None:
+            self._look()  # Others write too: that it grew again behind a cut shows only from one line to the next.
+        total = sum(map(len, lines))
+        written = os.write(self.fd, lines[0]) if len(lines) == 1 else os.writev(self.fd, lines)
+        if written < total:
+            self._append_rest(lines, written)
+        self._torn = False
+        self._end += total
+
+    def _append_rest(self, lines: tuple[WireBody, ...], written: int) -> None:
+        try:
+            skip = written
+            for line in lines:
+                with memoryview(line) as view:
+                    while skip < len(line):
+                        with view[skip:] as rest:
+                            count = os.write(self.fd, rest)
+                        written += count
+                        skip += count
+                skip -= len(line)
+        except OSError:
+            self._take_back(written)
+            raise
+
+    def _look(self) -> None:
+        """Note that the file has become shorter than we left it."""
+        if self.regular:
+            size = os.fstat(self.fd).st_size
+            self._shortened = self._shortened or size < self._end
+            self._end = size
 
     def _take_back(self, written: int) -> None:
         """Cut a piece of a line off again; where that can't be done (a pipe), the next line closes it off."""
@@ -2869,8 +2889,9 @@ class LogFile:
         status = os.fstat(self.fd)
         if not status.st_nlink:
             return "removed"
-        before, self._end = self._end, status.st_size
-        return "truncated" if status.st_size < before and self._claims else None
+        self._look()
+        shortened, self._shortened = self._shortened, False
+        return "truncated" if shortened else None
 
     def same_file(self) -> bool:
         """Whether the path still names the file that is open."""
@@ -2892,8 +2913,11 @@ class AuditLog:
     was lost is told by an `Event: gap` line in front of the first line that can be written again.
     """
 
-    def __init__(self, config: Config, gate: Gate | None = None, claim: bool = True) -> None:
+    def __init__(
+        self, config: Config, gate: Gate | None = None, claim: bool = True, inherited: AuditLog | None = None
+    ) -> None:
         self._config = config
+        self._inherited = inherited
         self._form = FORMS[config.audit_format]
         self._open = functools.partial(LogFile, config.audit_log, self._recovered, gate, claim)
         self._lock = threading.Lock()  # guards all below
@@ -2913,8 +2937,12 @@ class AuditLog:
 
     def event(self, name: str, **details: object) -> bool:
         """Write a line about the log itself; False when it is lost. Raises AuditError."""
-        with self._lock:
+        if not self._lock.acquire(timeout=5.0):  # Somebody writes into a pipe that nobody reads.
+            return False
+        try:
             return self._append(self._form.event(time.time(), name, details))
+        finally:
+            self._lock.release()
 
     def request(self, exchange: Exchange, request: Request | None, received: bytes = b"") -> None:
         """Write the request's record, with `received` as body if it could not be read. Raises AuditError."""
@@ -2990,10 +3018,12 @@ class AuditLog:
             if self._broken:
                 self._replace()
             if self._lost:
-                self._file.append(self._form.event(time.time(), "gap", {"Lost": self._lost, "Since": self._since}))
+                gap = self._form.event(time.time(), "gap", {"Lost": self._lost, "Since": self._since})
+                self._file.append(gap, line)
                 self._lost = 0
                 say(f"the audit log {self._file.path} can be written again")
-            self._file.append(line)
+            else:
+                self._file.append(line)
         except OSError as error:
             return self._lose(str(error.strerror))
         except StartError as error:
@@ -3021,10 +3051,13 @@ class AuditLog:
         self._file.close()
         self._file = fresh
         self._broken = False
+        if self._inherited is not None:
+            self._inherited.close()
+            self._inherited = None
 
     # -- Called by the server's thread ---------------------------------------------------------------------------
 
-    def reopen(self) -> None:
+    def reopen(self) -> bool:
         """After a rotation: go on in the file that has the name now; if it can't be opened, stay in the old one."""
         with self._lock:
             try:
@@ -3032,24 +3065,38 @@ class AuditLog:
                     self._replace()
             except StartError as error:
                 say(f"{error}; still writing to the old file")
-                return
+                return False
             with contextlib.suppress(AuditError):  # Counted; the next line that can be written tells of it.
                 self._append(self._form.event(time.time(), "reopen", {"Pid": os.getpid()}))
+        return True
 
     def check(self) -> None:
         """Notice, about once a second, that somebody removed the file or cut it short, and put that on record."""
-        with self._lock, contextlib.suppress(AuditError):
-            missing = self._file.missing()
-            if missing == "removed":
-                self._broken = True
-            if missing is not None:
-                say(f"the audit log {self._file.path} was {missing} by somebody")
-                self._append(self._form.event(time.time(), missing, {}))
+        if not self._lock.acquire(blocking=False):  # Somebody writes, perhaps into a pipe that nobody reads.
+            return
+        try:
+            with contextlib.suppress(AuditError):  # Counted.
+                self._check()
+        finally:
+            self._lock.release()
+
+    def _check(self) -> None:
+        missing = None if self._broken else self._file.missing()
+        if missing == "removed":
+            self._broken = True
+        if missing is not None:
+            say(f"the audit log {self._file.path} was {missing} by somebody")
+            self._append(self._form.event(time.time(), missing, {}))
 
     def snapshot(self) -> tuple[int, int]:
         """How many lines were written, and a descriptor of its own (to be closed) of the file they are in."""
         with self._lock:
             return self._written, os.dup(self._file.fd)
+
+    def written(self) -> int:
+        """How many lines were written."""
+        with self._lock:
+            return self._written
 
     def distrust(self) -> None:
         """A sync failed: what this descriptor says from now on proves nothing (Linux reports an error once)."""
@@ -3057,7 +3104,11 @@ class AuditLog:
             self._broken = True
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; a gap that no line has told of yet is told now."""
+        if self._lost and self._lock.acquire(timeout=5.0):
+            with contextlib.suppress(OSError):
+                self._file.append(self._form.event(time.time(), "gap", {"Lost": self._lost, "Since": self._since}))
+            self._lock.release()
         self._file.close()
 
 
@@ -3069,14 +3120,16 @@ class GroupCommit:
         self._turn = threading.Condition()  # guards the three below
         self._syncing = False
         self._done = 0  # lines up to this number are on the disk
-        self._failed = 0  # a sync failed while lines up to this number were not: no later one makes that good
+        self._failed: list[range] = []  # lines that were not when a sync failed: no later one makes that good
 
     def commit(self, number: int) -> None:
         """Return when line `number` is on the disk. Raises OSError when it may never be."""
         with self._turn:
-            while self._done < number:
-                if number <= self._failed:
+            while True:
+                if any(number in lines for lines in self._failed):
                     raise OSError(errno.EIO, "an fsync of the log failed")
+                if self._done >= number:
+                    return
                 if self._syncing:
                     self._turn.wait()
                 else:
@@ -3086,22 +3139,23 @@ class GroupCommit:
         """Sync without holding the lock, for all who have come so far."""
         self._syncing = True
         self._turn.release()
-        number, fd = self._log.snapshot()
+        fd = -1
         try:
+            number, fd = self._log.snapshot()
             os.fsync(fd)
             failed = False
         except OSError:
             self._log.distrust()
-            number, other = self._log.snapshot()  # Lines written meanwhile share the doubt.
-            os.close(other)
+            number = self._log.written()  # Lines written meanwhile share the doubt.
             failed = True
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
             self._turn.acquire()
             self._syncing = False
             self._turn.notify_all()
         if failed:
-            self._failed = number
+            self._failed.append(range(self._done + 1, number + 1))
         else:
             self._done = number
 
@@ -3731,7 +3785,7 @@ _MARKED = frozenset(
         b"x-opaque-id",
     )
 )
-_DETAILS = {b"content-type": "http.request.mime_type", b"content-encoding": "http.request.headers.content_encoding"}
+_DETAILS = {b"content-type": "http.request.mime_type", b"content-encoding": "es_proxy.request.content_encoding"}
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")  # W3C Trace Context 3.2
 _TLS_EXPECTED, _TLS_BEGUN, _TLS_DONE = range(3)
 _OVERDUE = OverloadError("no-thread", "no thread became free in time; see --threads, or the upstream is too slow")
@@ -4501,6 +4555,7 @@ class Share:
 
     listener: socket.socket
     gate: Gate
+    first_log: AuditLog  # the first process's: it has the lock, which lasts as long as any of us keeps it open
     lifeline: int  # read end of a pipe that the first process holds open as long as it lives
     ready: int  # write end of a pipe; a byte says that one more process serves
 
@@ -4514,7 +4569,9 @@ class Proxy:
     def __init__(self, config: Config, share: Share | None = None) -> None:
         self.config = config
         self._share = share
-        self.audit = AuditLog(config) if share is None else AuditLog(config, share.gate, claim=False)
+        self.audit = (
+            AuditLog(config) if share is None else AuditLog(config, share.gate, claim=False, inherited=share.first_log)
+        )
         try:
             self.relay = Relay(config, self.audit)
             self.server = Server(config, self.relay, listen(config) if share is None else share.listener)
@@ -4549,7 +4606,10 @@ class Proxy:
 
     def reopen(self) -> None:
         """From any thread or a signal handler: go on in the file that has the log's name now."""
-        self.server.call(self.audit.reopen)
+        self.server.call(self._reopen)
+
+    def _reopen(self) -> None:
+        self.audit.reopen()
 
     def stop(self) -> None:
         """From any thread or a signal handler: finish what is in flight; a second time: at once."""
@@ -4605,12 +4665,15 @@ class Supervisor:
         self._config = config
         if config.listen_tls:
             listener_context(config)  # A bad certificate is said once, here, and not by every process.
-        self._gate = Gate()
+        try:
+            self._gate = Gate()
+        except OSError as error:
+            raise StartError(f"no temporary file can be made: {error.strerror}; set TMPDIR") from None
         self._audit = AuditLog(config, self._gate)
         self._listener = listen(config)
         self._lifeline, self._held = os.pipe()
         self._ready, self._announce = os.pipe()
-        self._share = Share(self._listener, self._gate, self._lifeline, self._announce)
+        self._share = Share(self._listener, self._gate, self._audit, self._lifeline, self._announce)
         self._ear, self._mouth = socket.socketpair()  # signals arrive through it, a byte each
         self._mouth.setblocking(False)
         self._children: dict[int, float] = {}  # process id: monotonic time of its start
@@ -4681,8 +4744,7 @@ class Supervisor:
         if number in (signal.SIGTERM, signal.SIGINT):
             self._stopping += 1
             self._signal_all(signal.SIGTERM)
-        elif number == signal.SIGHUP:
-            self._audit.reopen()  # Ours first: it claims the new file for all.
+        elif number == signal.SIGHUP and self._audit.reopen():  # Ours first: it claims the new file for all.
             self._signal_all(signal.SIGHUP)
 
     def _signal_all(self, number: signal.Signals) -> None:
