@@ -899,7 +899,9 @@ def unwritable(kind: str, directory: Path) -> Iterator[tuple[str, dict[str, Any]
             yield "/proc/self/mem", {}, "Input/output error"
         elif kind == "file-size":
             limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # noqa: E731
-            yield str(directory / "log"), {"preexec_fn": limit}, "too large|temporary"
+            # Without coverage, which could not write its data either, and says so at length.
+            calm = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+            yield str(directory / "log"), {"preexec_fn": limit, "env": calm}, "too large|temporary"
         elif kind == "full-disk":
             disk = stack.enter_context(small_disk(directory / "disk"))
             fill(disk / "ballast")
@@ -1105,6 +1107,35 @@ def test_a_torn_tail_is_closed_off_at_the_start(workers: int, audit_format: str,
             assert [parse_line(line.decode()[:-1]).id for line in (second, third)] == ["recovered", "start"]
         else:
             assert [json.loads(line)["event.action"] for line in (second, third)] == ["recovered", "start"]
+
+
+def test_a_stop_is_heard_by_workers_that_have_just_been_forked(upstream: MockES, log: Path) -> None:
+    """SIGTERM while the successors of killed workers start: nobody misses it, and the log says `stop`."""
+    with proxy_process(*words(upstream.port, log, "--workers", "4")) as (process, port, _):
+        assert ask(port, "a") == 200
+        with handles(children(process.pid)) as workers:
+            for handle in workers.values():
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            wait_until(lambda: bool(set(children(process.pid)) - set(workers)), "the first successor")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE / 2) == 0
+    assert events(read_log(log), "stop")
+
+
+def test_a_rotation_is_heard_by_workers_that_have_just_been_forked(upstream: MockES, log: Path) -> None:
+    """SIGHUP while the successors of killed workers start: all go on in the new file."""
+    with proxy_process(*words(upstream.port, log, "--workers", "4")) as (process, port, _):
+        assert ask(port, "a") == 200
+        with handles(children(process.pid)) as workers:
+            for handle in workers.values():
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            wait_until(lambda: bool(set(children(process.pid)) - set(workers)), "the first successor")
+            log.rename(log.with_suffix(".old"))
+            process.send_signal(signal.SIGHUP)
+            wait_until(lambda: b"Event: reopen" in log.read_bytes() if log.exists() else False, "it is reopened")
+        wait_until(lambda: len(children(process.pid)) == 4, "all are there")
+        wait_until(lambda: all(str(log) in targets(pid) for pid in children(process.pid)), "all have the new file")
+        assert ask(port, "b") == 200
 
 
 def test_a_worker_killed_in_a_line_to_a_pipe_leaves_a_stump_of_its_own(upstream: MockES, log: Path) -> None:
