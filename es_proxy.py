@@ -4448,6 +4448,8 @@ class Server(socketserver.ThreadingTCPServer):
         else:
             self._sessions.discard(session)
             session.close()
+            if self.service.draining:
+                self._ring()  # The poller may be waiting for just this one.
 
     def _grow(self) -> None:
         """Add workers when sessions wait although the processor has time: then workers wait for the upstream."""

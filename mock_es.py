@@ -1769,6 +1769,7 @@ class Connection(asyncio.Protocol):
             self._recorder.add_broken(rest)
         self._backend.connections.discard(self)
         self._recorder.disconnected()
+        self._transport.close()  # asyncio of Python 3.10 calls a TLS transport that its peer closed unclosed.
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -1887,6 +1888,7 @@ class Listener(socket.socket):
 
     def accept(self) -> tuple[socket.socket, object]:
         client, address = super().accept()
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio leaves it out where proto is 0.
         self.accepted.add(client)
         return client, address
 
