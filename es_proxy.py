@@ -4657,6 +4657,9 @@ def description(config: Config, address: tuple[str, int]) -> str:
     )
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class Supervisor:
     """The first of several processes: it forks the others, which serve, and starts another for one that ends.
 
@@ -4702,9 +4705,12 @@ class Supervisor:
             self._end()
 
     def _fork(self) -> None:
+        # Held back until the child has handlers of its own: ours would swallow a stop that comes in between.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         pid = os.fork()
         if pid:
             self._children[pid] = time.monotonic()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             return
         status = 1
         try:
@@ -4786,6 +4792,7 @@ def serve(proxy: Proxy) -> int:
         signal.signal(number, lambda *_: proxy.stop())
     signal.signal(signal.SIGHUP, lambda *_: proxy.reopen())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     proxy.serve()
     return 0
 
